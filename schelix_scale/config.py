@@ -1,0 +1,125 @@
+"""Settings: declared once, frozen, strict. An unknown key or a bad value is an error that names the key.
+
+What comes in: a TOML file (see ``configs/``), keyword arguments, ``key=value`` strings from the command line.
+What goes out: one `Config`, passed whole or by sub-model to the functions that need it.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from schelix_scale.errors import ConfigError
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DataConfig(_Settings):
+    """Where in the source the values and the batches are."""
+
+    batch_key: str = Field("batch", min_length=1, description="obs column that names the batch of each cell")
+    layer: str = Field("X", min_length=1, description="X, raw, or the name of a layer")
+    values: Literal["auto", "counts", "linear", "log"] = Field(
+        "auto", description="what the values are; auto decides from the data and says so"
+    )
+    protect: tuple[str, ...] = Field((), description="obs columns (condition, time) whose effect is not batch")
+    obs_columns: tuple[str, ...] | None = Field(None, description="obs columns carried into the run; all by default")
+
+
+class SketchConfig(_Settings):
+    """The sample of cells on which all statistics are fitted."""
+
+    max_cells: int = Field(100_000, ge=100)
+    rare_fraction: float = Field(0.2, ge=0, le=0.9, description="share drawn evenly over expression space")
+
+
+class GenesConfig(_Settings):
+    """Highly variable genes and their split into Anchors and Variants."""
+
+    n_hvg: int = Field(2_000, ge=20)
+    min_batch_cells: int = Field(200, ge=1, description="smaller batches do not vote for variable genes")
+    iterations: int = Field(3, ge=1, le=10, description="rounds of clustering and partition")
+    cut: Literal["auto", "median", "otsu"] = "auto"
+    min_anchor_share: float = Field(0.35, gt=0, lt=1)
+    max_anchor_share: float = Field(0.75, gt=0, lt=1)
+    permutations: int = Field(10, ge=2, description="batch permutations of the no-batch-signal null")
+
+
+class FeaturesConfig(_Settings):
+    """Stream features: PCA of each stream and the mixture correction of the Anchors."""
+
+    anchor_dims: int = Field(30, ge=2, le=200)
+    variant_dims: int = Field(30, ge=2, le=200)
+    scale_power: float = Field(1.0, ge=0, le=1, description="genes are divided by sd**scale_power")
+    dtype: Literal["float16", "float32"] = "float32"
+
+
+class GraphConfig(_Settings):
+    """Neighbours and the diffusion operator."""
+
+    k: int = Field(30, ge=2, le=500)
+    method: Literal["auto", "exact", "pynndescent"] = "auto"
+    exact_below: int = Field(20_000, ge=0, description="auto searches exactly below this number of cells")
+    theta: float = Field(1.0, ge=0, description="strength of the batch reweighting")
+    kernel_neighbor: int = Field(7, ge=1, description="the neighbour whose distance is a cell's kernel width")
+    restart: float = Field(0.3, ge=0, le=1)
+    hops: tuple[int, ...] = Field((0, 1, 3), min_length=1)
+    min_recall: float = Field(0.95, ge=0, le=1)
+    audit_cells: int = Field(500, ge=10)
+
+
+class TrainConfig(_Settings):
+    """The dual-stream model and its Align - Refine - Fuse training."""
+
+    enabled: bool = True
+    width: int = Field(128, ge=8)
+    latent_dims: int | None = Field(None, description="dimensions of the variant stream; those of the Anchors by default")
+    anchor_residual: float = Field(0.1, ge=0, le=1, description="bound r_A on the Anchor encoder's residual")
+    gate: float = Field(0.2, ge=0, le=0.4, description="bound rho on what Anchors absorb from Variants")
+    batch_size: int = Field(1024, ge=8)
+    align_steps: int = Field(400, ge=1)
+    refine_steps: int = Field(400, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    temperature: float = Field(0.2, gt=0)
+    preserve: float = Field(1.0, ge=0, description="weight of the preservation loss")
+    evaluate_every: int = Field(50, ge=1)
+    patience: int = Field(4, ge=1, description="evaluations without progress before a phase stops")
+    refresh: bool = True
+    refresh_blend: float = Field(0.5, ge=0, le=1)
+    refresh_jaccard: float = Field(0.9, ge=0, le=1)
+
+
+class EmbedConfig(_Settings):
+    """What is written for every cell."""
+
+    streams: bool = Field(False, description="also write the backbone and both streams beside the embedding")
+
+
+class Config(_Settings):
+    """All settings of a run."""
+
+    seed: int = Field(0, ge=0)
+    threads: int | None = Field(None, ge=1, description="threads of numeric libraries; all cores by default")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    max_memory: str | None = Field(None, description="e.g. 4GB; half of RAM by default")
+    data: DataConfig = DataConfig()
+    sketch: SketchConfig = SketchConfig()
+    genes: GenesConfig = GenesConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    graph: GraphConfig = GraphConfig()
+    train: TrainConfig = TrainConfig()
+    embed: EmbedConfig = EmbedConfig()
+
+    @field_validator("max_memory")
+    @classmethod
+    def _memory(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
