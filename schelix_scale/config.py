@@ -6,15 +6,13 @@ What goes out: one `Config`, passed whole or by sub-model to the functions that 
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-
-from schelix_scale.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 
 class _Settings(BaseModel):
@@ -50,6 +48,7 @@ class GenesConfig(_Settings):
     min_anchor_share: float = Field(0.35, gt=0, lt=1)
     max_anchor_share: float = Field(0.75, gt=0, lt=1)
     permutations: int = Field(10, ge=2, description="batch permutations of the no-batch-signal null")
+    min_signal: float = Field(0.0005, ge=0, description="batch share of variance below which nothing is corrected")
 
 
 class FeaturesConfig(_Settings):
@@ -80,7 +79,6 @@ class TrainConfig(_Settings):
 
     enabled: bool = True
     width: int = Field(128, ge=8)
-    latent_dims: int | None = Field(None, description="dimensions of the variant stream; those of the Anchors by default")
     anchor_residual: float = Field(0.1, ge=0, le=1, description="bound r_A on the Anchor encoder's residual")
     gate: float = Field(0.2, ge=0, le=0.4, description="bound rho on what Anchors absorb from Variants")
     batch_size: int = Field(1024, ge=8)
@@ -89,6 +87,7 @@ class TrainConfig(_Settings):
     learning_rate: float = Field(1e-3, gt=0)
     temperature: float = Field(0.2, gt=0)
     preserve: float = Field(1.0, ge=0, description="weight of the preservation loss")
+    max_epochs: int = Field(40, ge=1, description="bounds the steps of a phase on small data")
     evaluate_every: int = Field(50, ge=1)
     patience: int = Field(4, ge=1, description="evaluations without progress before a phase stops")
     refresh: bool = True
@@ -123,3 +122,86 @@ class Config(_Settings):
         if value is not None:
             parse_bytes(value)
         return value
+
+
+_BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+_NOT_RESULTS = frozenset({"max_memory"})
+
+
+def parse_bytes(text: str) -> int:
+    """Return the number of bytes that ``text`` names: ``4GB`` is 4e9, ``2GiB`` is 2 * 2**30, ``512`` is 512.
+
+    Raises
+    ------
+    ValueError
+        Not a positive number with an optional unit (B, KB, MB, GB, TB, KiB, MiB, GiB, TiB).
+    """
+    match = _BYTES.fullmatch(text.strip())
+    if match is None or (match[3] and not match[2]):
+        raise ValueError(f"{text!r} is not an amount of memory; write a number and a unit, such as 500MB, 4GB or 2GiB")
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " "))
+    if size < 1:
+        raise ValueError(f"{text!r} is no memory at all; write a number and a unit, such as 500MB, 4GB or 2GiB")
+    return size
+
+
+def memory_budget(config: Config) -> int:
+    """Return how many bytes the run may use: ``max_memory``, by default half of what this process may have."""
+    if config.max_memory is not None:
+        return parse_bytes(config.max_memory)
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([physical, *_cgroup_limits(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))]) // 2
+
+
+def _cgroup_limits(root: Path, membership: Path) -> Iterator[int]:
+    """Yield every memory limit on the way from this process' control group to the root (versions 1 and 2)."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            base, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            base, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        here = base / group.lstrip("/")
+        for directory in (here, *here.parents):
+            try:
+                yield int((directory / name).read_text())
+            except (OSError, ValueError):  # not there, or "max"
+                pass
+            if directory == base:
+                break
+
+
+def config_differences(a: Config | Mapping[str, Any], b: Config | Mapping[str, Any]) -> list[str]:
+    """Return what changes the results from ``a`` to ``b``, such as ``graph.k: 30 -> 15`` (`max_memory` does not)."""
+    old, new = _flat(a), _flat(b)
+    keys = [key for key in {**old, **new} if key not in _NOT_RESULTS]
+    return [
+        f"{key}: {_shown(old.get(key, ...))} -> {_shown(new.get(key, ...))}"
+        for key in keys
+        if old.get(key, ...) != new.get(key, ...)
+    ]
+
+
+def _flat(settings: Config | Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    tree = settings.model_dump(mode="json") if isinstance(settings, Config) else settings
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _shown(value: object) -> str:
+    """Write a setting as it is written in TOML, strings without quotes."""
+    if value is ...:
+        return "absent"
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_shown, value))}]"
+    return str(value)

@@ -9,10 +9,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
+
+from schelix_scale.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,20 @@ class CellStore(ABC):
 
     Implementations are final, picklable (they hold how to open, never a handle) and safe to use from a
     spawned process. Row numbers are positions 0..n_cells-1 in the stored order.
+
+    Attributes
+    ----------
+    layer
+        Which values of the source are read: ``"X"``, ``"raw"`` or the name of a layer.
+    available_layers
+        The layers that the source has, for messages; empty when not known.
+    row_access
+        A hint: ``"scan"`` when each `read` scans the whole source, so that few large reads are better than many.
     """
+
+    layer: str = "X"
+    available_layers: tuple[str, ...] = ()
+    row_access: Literal["fast", "scan"] = "fast"
 
     @property
     @abstractmethod
@@ -96,3 +112,21 @@ class CellStore(ABC):
         for start in range(0, self.n_cells, block_cells):
             stop = min(start + block_cells, self.n_cells)
             yield Block(start, stop, self.read(np.arange(start, stop)))
+
+
+def check_columns(store: CellStore, columns: Sequence[str] | None) -> list[str]:
+    """Return the asked obs columns (all when None).
+
+    Raises
+    ------
+    DataError
+        Some are not there; the message lists those that are.
+    """
+    there = store.obs_columns
+    if columns is None:
+        return there
+    missing = [name for name in columns if name not in there]
+    if missing:
+        listed = ", ".join(there) or "none"
+        raise DataError(f"{store.source} has no obs column {', '.join(map(repr, missing))}. It has: {listed}.")
+    return list(dict.fromkeys(columns))

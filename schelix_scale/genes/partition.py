@@ -1,0 +1,190 @@
+"""Log-normalised sketch -> which genes are Anchors, which Variants, or that there is no batch signal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from schelix_scale.config import GenesConfig
+from schelix_scale.errors import DataError
+from schelix_scale.genes.clusters import coarse_clusters
+from schelix_scale.genes.normalize import gene_moments
+from schelix_scale.genes.sensitivity import Sensitivity, batch_sensitivity
+
+ANCHOR, VARIANT, UNUSED = "anchor", "variant", "unused"
+STABLE_JACCARD = 0.95
+
+Embed = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The outcome of METHOD section 2.
+
+    Attributes
+    ----------
+    genes
+        One row a gene of the source: ``mean``, ``var``, ``beta``, ``gamma``, ``rho``, ``role``. The last four
+        are NaN and ``unused`` for genes that are not highly variable.
+    signal
+        Share of variance inside clusters that batches explain, minus the largest share under permuted batches.
+    single_stream
+        True if there is no batch signal: all highly variable genes are Anchors, nothing is corrected.
+    rounds
+        Rounds of clustering that were made.
+    cut
+        The largest rho of an Anchor.
+    """
+
+    genes: pd.DataFrame
+    signal: float
+    single_stream: bool
+    rounds: int
+    cut: float
+
+    def positions(self, role: str) -> np.ndarray:
+        """Return the sorted positions of the genes in a role."""
+        return np.flatnonzero((self.genes["role"] == role).to_numpy())
+
+
+def partition_genes(
+    x_ng: sparse.csr_matrix,
+    gene_names: pd.Index,
+    hvg: np.ndarray,
+    batch_n: np.ndarray,
+    embed: Embed,
+    config: GenesConfig,
+    seed: int,
+    threads: int = 0,
+    level_n: np.ndarray | None = None,
+) -> Partition:
+    """Split the highly variable genes into Anchors (low batch sensitivity) and Variants.
+
+    Cells are clustered on the current Anchors (first on all of them), the genes' batch sensitivity is
+    measured inside the clusters, the Anchors are those below the cut; repeated until they hold still.
+
+    Parameters
+    ----------
+    x_ng
+        (n, g) log-normalised sketch.
+    hvg
+        Positions of the highly variable genes.
+    embed
+        Maps gene positions to the sketch's (n, d) components of those genes.
+    level_n
+        (n,) codes of protected levels; see `batch_sensitivity`.
+
+    Raises
+    ------
+    DataError
+        The protected columns leave no two batches to compare.
+    """
+    values = x_ng[:, hvg]
+    anchors = np.arange(len(hvg))
+    rounds, cut, signal = 0, 1.0, 0.0
+    for rounds in range(1, config.iterations + 1):
+        cluster_n = coarse_clusters(embed(hvg[anchors]), batch_n, seed, threads)
+        found = batch_sensitivity(values, cluster_n, batch_n, level_n)
+        _check_comparable(cluster_n, batch_n, level_n)
+        if rounds == 1:
+            signal = batch_signal(values, cluster_n, batch_n, level_n, found, config.permutations, seed)
+            if signal <= config.min_signal:
+                return _assemble(x_ng, gene_names, hvg, found, np.arange(len(hvg)), signal, True, rounds, 1.0)
+        cut = choose_cut(found.rho, config)
+        previous, anchors = anchors, np.flatnonzero(found.rho <= cut)
+        if len(np.intersect1d(previous, anchors)) >= STABLE_JACCARD * len(np.union1d(previous, anchors)):
+            break
+    return _assemble(x_ng, gene_names, hvg, found, anchors, signal, False, rounds, cut)
+
+
+def choose_cut(rho: np.ndarray, config: GenesConfig) -> float:
+    """Return the largest rho of an Anchor, without labels.
+
+    ``median`` halves the genes. ``otsu`` separates low from high rho best (Otsu 1979), its Anchors limited to
+    between ``min_anchor_share`` and ``max_anchor_share`` of the genes.
+    """
+    low, high = np.quantile(rho, [config.min_anchor_share, config.max_anchor_share])
+    if config.cut == "median":
+        return float(np.median(rho))
+    return float(np.clip(otsu(rho), low, high))
+
+
+def otsu(values: np.ndarray) -> float:
+    """Return the threshold that maximises the variance between the two groups it makes (Otsu 1979)."""
+    ordered = np.sort(values)
+    n = len(ordered)
+    below = np.arange(1, n)
+    sums = np.cumsum(ordered)[:-1]
+    mean_low, mean_high = sums / below, (ordered.sum() - sums) / (n - below)
+    between = below * (n - below) * (mean_low - mean_high) ** 2
+    return float(ordered[int(np.argmax(between))])
+
+
+def batch_signal(
+    values: sparse.csr_matrix,
+    cluster_n: np.ndarray,
+    batch_n: np.ndarray,
+    level_n: np.ndarray | None,
+    found: Sensitivity,
+    permutations: int,
+    seed: int,
+) -> float:
+    """Share of within-cluster variance due to batches, beyond the largest share under permuted batches.
+
+    Batches are permuted inside clusters (and protected levels), so that neither composition nor biology
+    differs between the data and its null.
+    """
+    strata = cluster_n if level_n is None else cluster_n * (int(level_n.max()) + 1) + level_n
+    null = []
+    for permutation in range(permutations):
+        rng = np.random.default_rng([seed, 0x5EED, permutation])
+        shuffled = batch_n.copy()
+        order = np.lexsort((rng.random(len(strata)), strata))
+        shuffled[order] = batch_n[np.argsort(strata, kind="stable")]
+        null.append(_batch_share(batch_sensitivity(values, cluster_n, shuffled, level_n)))
+    return _batch_share(found) - max(null)
+
+
+def _batch_share(found: Sensitivity) -> float:
+    """Share of the standardised genes' within-cluster variance that batches explain."""
+    total = found.beta + found.within
+    varying = total > 0
+    return float(np.mean(found.beta[varying] / total[varying])) if varying.any() else 0.0
+
+
+def _check_comparable(cluster_n: np.ndarray, batch_n: np.ndarray, level_n: np.ndarray | None) -> None:
+    if level_n is None:
+        return
+    pairs = np.unique(np.column_stack([level_n, batch_n]), axis=0)
+    if np.bincount(pairs[:, 0]).max() < 2:
+        raise DataError(
+            "protect: every level of the protected columns holds a single batch, so no two batches can be compared. "
+            "Protect a column whose levels span several batches, or leave protect empty."
+        )
+
+
+def _assemble(
+    x_ng: sparse.csr_matrix,
+    gene_names: pd.Index,
+    hvg: np.ndarray,
+    found: Sensitivity,
+    anchors: np.ndarray,
+    signal: float,
+    single_stream: bool,
+    rounds: int,
+    cut: float,
+) -> Partition:
+    mean, variance = gene_moments(x_ng)
+    genes = pd.DataFrame({"mean": mean, "var": variance}, index=pd.Index(gene_names, name="gene"))
+    for name, values in (("beta", found.beta), ("gamma", found.gamma), ("rho", found.rho)):
+        genes[name] = np.nan
+        genes.iloc[hvg, genes.columns.get_loc(name)] = values
+    role = np.full(len(genes), UNUSED, dtype=object)
+    role[hvg] = VARIANT
+    role[hvg[anchors]] = ANCHOR
+    genes["role"] = pd.Categorical(role, categories=[ANCHOR, VARIANT, UNUSED])
+    return Partition(genes, signal, single_stream, rounds, cut)

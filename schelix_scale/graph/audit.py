@@ -1,0 +1,72 @@
+"""A neighbour graph -> how many of the true neighbours it found, on sampled cells searched exactly."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from schelix_scale.errors import GraphError
+from schelix_scale.graph.knn import Neighbors, exact_neighbors, unit_rows
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Recall of a graph on a sample of cells.
+
+    Attributes
+    ----------
+    recall
+        Mean share of the k exact neighbours that were found.
+    low, high
+        95 % normal confidence interval of the mean.
+    cells
+        Number of sampled cells.
+    k
+        Neighbours a cell.
+    method
+        How the graph was built.
+    """
+
+    recall: float
+    low: float
+    high: float
+    cells: int
+    k: int
+    method: str
+
+    def to_dict(self) -> dict[str, float | int | str]:
+        """Return the fields for JSON."""
+        return asdict(self)
+
+
+def audit_recall(features_nd: np.ndarray, neighbors: Neighbors, n_cells: int, seed: int) -> Audit:
+    """Compare the graph with exact neighbours of ``n_cells`` random cells.
+
+    A found neighbour counts as true if it is no farther than the k-th exact one, so that ties (duplicated
+    cells) are not held against the graph.
+    """
+    n, k = neighbors.indices_nk.shape
+    rows = np.sort(np.random.default_rng([seed, 0xA0D17]).choice(n, min(n_cells, n), replace=False))
+    unit = unit_rows(features_nd)
+    _, exact = exact_neighbors(unit[rows], unit, k, own_rows=rows)
+    limit = exact[:, -1:] + 1e-6
+    hits = (neighbors.distances_nk[rows] <= limit).mean(axis=1)
+    half = 1.96 * hits.std() / np.sqrt(len(rows))
+    recall = float(hits.mean())
+    return Audit(recall, max(0.0, recall - half), min(1.0, recall + half), len(rows), k, neighbors.method)
+
+
+def require_recall(audit: Audit, minimum: float) -> None:
+    """Raise if the recall is below the asked minimum.
+
+    Raises
+    ------
+    GraphError
+        With the figures and what to change.
+    """
+    if audit.recall < minimum:
+        raise GraphError(
+            f"The neighbour graph found {audit.recall:.3f} of the exact neighbours of {audit.cells} sampled cells; "
+            f"graph.min_recall asks for {minimum}. Raise graph.k, lower graph.min_recall, or use graph.method=exact."
+        )

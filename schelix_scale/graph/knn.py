@@ -1,0 +1,106 @@
+"""Features of cells -> k nearest neighbours by cosine distance. The only module that imports pynndescent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from schelix_scale.config import GraphConfig
+from schelix_scale.errors import GraphError
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The k nearest other cells of each cell, nearest first.
+
+    Attributes
+    ----------
+    indices_nk
+        (n, k) row numbers, never the cell itself.
+    distances_nk
+        (n, k) cosine distances (1 - cosine similarity), float32.
+    method
+        ``exact`` or ``pynndescent``.
+    """
+
+    indices_nk: np.ndarray
+    distances_nk: np.ndarray
+    method: str
+
+
+def unit_rows(features_nd: np.ndarray) -> np.ndarray:
+    """Scale rows to norm 1 (float32 copy); rows of zeros stay zero."""
+    features_nd = np.asarray(features_nd, dtype=np.float32)
+    norms = np.linalg.norm(features_nd, axis=1, keepdims=True)
+    return features_nd / np.maximum(norms, 1e-12)
+
+
+def choose_method(n_cells: int, config: GraphConfig) -> str:
+    """Return the search that ``method=auto`` stands for at this number of cells."""
+    if config.method != "auto":
+        return config.method
+    return "exact" if n_cells < config.exact_below else "pynndescent"
+
+
+def find_neighbors(features_nd: np.ndarray, k: int, method: str, seed: int, threads: int) -> Neighbors:
+    """Find the k nearest other cells of every cell.
+
+    Parameters
+    ----------
+    features_nd
+        (n, d) features; only directions matter (cosine).
+    method
+        ``exact`` (brute force, n^2 work, no compilation) or ``pynndescent`` (approximate).
+
+    Raises
+    ------
+    GraphError
+        There are no k other cells.
+    """
+    n = len(features_nd)
+    if k >= n:
+        raise GraphError(f"k = {k} neighbours need more than {k} cells, got {n}. Lower graph.k (--set graph.k={n // 2}).")
+    unit = unit_rows(features_nd)
+    if method == "exact":
+        return Neighbors(*exact_neighbors(unit, unit, k, own_rows=np.arange(n)), method)
+    return Neighbors(*_approximate_neighbors(unit, k, seed, threads), method)
+
+
+def exact_neighbors(
+    query_md: np.ndarray, reference_nd: np.ndarray, k: int, own_rows: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Brute-force neighbours among unit rows: (m, k) indices and cosine distances.
+
+    ``own_rows`` (m,) are the queries' own positions in the reference, which are left out of their lists.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    extra = 0 if own_rows is None else 1
+    search = NearestNeighbors(n_neighbors=k + extra, algorithm="brute").fit(reference_nd)
+    distances, indices = search.kneighbors(query_md)
+    if own_rows is not None:
+        distances, indices = _drop_self(distances, indices, own_rows)
+    return indices, (distances**2 / 2).astype(np.float32)
+
+
+def _drop_self(distances: np.ndarray, indices: np.ndarray, own_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Remove each row's own number, or the last entry where ties pushed it off the list."""
+    keep = indices != own_rows[:, None]
+    keep[keep.all(axis=1), -1] = False
+    shape = (len(indices), indices.shape[1] - 1)
+    return distances[keep].reshape(shape), indices[keep].reshape(shape)
+
+
+def _approximate_neighbors(unit_nd: np.ndarray, k: int, seed: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
+    from pynndescent import NNDescent
+
+    index = NNDescent(unit_nd, metric="euclidean", n_neighbors=k + 1, random_state=seed, n_jobs=threads)
+    indices, distances = index.neighbor_graph
+    complete = (indices >= 0).all(axis=1)
+    distances, indices = _drop_self(distances, indices.astype(np.int64), np.arange(len(unit_nd)))
+    distances = (distances**2 / 2).astype(np.float32)
+    if not complete.all():
+        rows = np.flatnonzero(~complete)
+        indices[rows], distances[rows] = exact_neighbors(unit_nd[rows], unit_nd, k, own_rows=rows)
+    return indices, distances

@@ -1,0 +1,126 @@
+"""Neighbours and batches -> the batch-reweighted diffusion operator P in fixed-k form (METHOD section 4).
+
+P is two (n, k) arrays, one row per cell: it is read by row and never rebuilt. It is a constant to the model:
+it lives on disk as numbers, so no gradient can reach it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import sparse
+
+from schelix_scale.graph.knn import Neighbors
+
+BLOCK_CELLS = 20_000
+TINY = 1e-8
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A row-stochastic (n, n) matrix with k entries in each row.
+
+    Attributes
+    ----------
+    indices_nk
+        (n, k) columns, int32 (int64 above 2**31 cells).
+    weights_nk
+        (n, k) float32, each row sums to 1.
+    """
+
+    indices_nk: np.ndarray
+    weights_nk: np.ndarray
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells, n."""
+        return len(self.indices_nk)
+
+    def block(self, start: int, stop: int) -> sparse.csr_matrix:
+        """Rows ``start:stop`` as a (stop - start, n) CSR matrix."""
+        rows, k = stop - start, self.indices_nk.shape[1]
+        pointer = np.arange(0, rows * k + 1, k)
+        data = np.asarray(self.weights_nk[start:stop]).ravel()
+        columns = np.asarray(self.indices_nk[start:stop]).ravel()
+        return sparse.csr_matrix((data, columns, pointer), shape=(rows, self.n_cells))
+
+    def walk(self, rows: np.ndarray, steps: int, rng: np.random.Generator) -> np.ndarray:
+        """Follow a random walk from each of ``rows`` (m,); return where it ends, (m,)."""
+        position = np.asarray(rows)
+        for _ in range(steps):
+            cumulative = np.cumsum(self.weights_nk[position], axis=1, dtype=np.float64)
+            draw = rng.random((len(position), 1)) * cumulative[:, -1:]
+            column = np.minimum((cumulative <= draw).sum(axis=1), cumulative.shape[1] - 1)
+            position = np.asarray(self.indices_nk[position, column], dtype=np.int64)
+        return position
+
+
+def build_operator(neighbors: Neighbors, batch_n: np.ndarray, theta: float, kernel_neighbor: int) -> Operator:
+    """Weigh neighbours by a self-tuned kernel and by how rare their batch is among them.
+
+    w_ij = exp(-d_ij^2 / (sigma_i sigma_j)) / share(b_j in the neighbourhood of i)^theta, rows normalised to 1,
+    with sigma the distance to neighbour number ``kernel_neighbor`` (Zelnik-Manor & Perona 2004).
+
+    Parameters
+    ----------
+    batch_n
+        (n,) batch codes.
+    theta
+        0 ignores batches; 1 gives every batch in a neighbourhood the same mass, up to the kernel.
+    """
+    n, k = neighbors.indices_nk.shape
+    sigma = np.maximum(neighbors.distances_nk[:, min(kernel_neighbor, k) - 1], TINY)
+    weights = np.empty((n, k), np.float32)
+    for start, stop in row_blocks(n):
+        columns = neighbors.indices_nk[start:stop]
+        squared = neighbors.distances_nk[start:stop].astype(np.float64) ** 2
+        kernel = np.exp(-squared / (sigma[start:stop, None].astype(np.float64) * sigma[columns]))
+        if theta > 0:
+            kernel /= _batch_share(batch_n[columns]) ** theta
+        kernel = np.maximum(kernel, TINY)
+        weights[start:stop] = kernel / kernel.sum(axis=1, keepdims=True)
+    dtype = np.int32 if n < 2**31 else np.int64
+    return Operator(neighbors.indices_nk.astype(dtype), weights)
+
+
+def _batch_share(batch_mk: np.ndarray) -> np.ndarray:
+    """Share of each neighbour's batch among the neighbours of its row, (m, k)."""
+    share = np.empty(batch_mk.shape)
+    for start in range(0, len(batch_mk), 2_000):
+        rows = batch_mk[start : start + 2_000]
+        share[start : start + 2_000] = (rows[:, :, None] == rows[:, None, :]).mean(axis=2)
+    return share
+
+
+def blend(old: Operator, new: Operator, weight: float) -> Operator:
+    """Moving average of two operators: the k heaviest of (1 - weight) old + weight new, rows sum to 1."""
+    n, k = new.indices_nk.shape
+    indices = np.empty_like(new.indices_nk)
+    weights = np.empty((n, k), np.float32)
+    for start, stop in row_blocks(n):
+        mixed = (1 - weight) * old.block(start, stop) + weight * new.block(start, stop)
+        mixed = mixed.tocsr()
+        for row in range(stop - start):
+            span = slice(mixed.indptr[row], mixed.indptr[row + 1])
+            values = mixed.data[span]
+            top = np.sort(np.argpartition(-values, k - 1)[:k])
+            indices[start + row] = mixed.indices[span][top]
+            weights[start + row] = values[top] / values[top].sum()
+    return Operator(indices, weights)
+
+
+def row_blocks(n_rows: int, block: int = BLOCK_CELLS) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of consecutive blocks that cover n_rows."""
+    for start in range(0, n_rows, block):
+        yield start, min(start + block, n_rows)
+
+
+def jaccard(a: Operator, b: Operator, rows: np.ndarray) -> float:
+    """Mean Jaccard overlap of the neighbour sets of ``rows`` in two operators."""
+    overlaps = []
+    for row in rows:
+        one, two = set(np.asarray(a.indices_nk[row]).tolist()), set(np.asarray(b.indices_nk[row]).tolist())
+        overlaps.append(len(one & two) / len(one | two))
+    return float(np.mean(overlaps))

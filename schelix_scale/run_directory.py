@@ -1,0 +1,260 @@
+"""The run directory: settings in, recorded stages out, and a manifest written last.
+
+``run.json`` is first, ``stages/<name>.json`` comes after the artifacts of a stage, ``manifest.json`` when all are done.
+A reader trusts only the manifest; whatever was interrupted is done again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self, final
+
+from schelix_scale import publish as files
+from schelix_scale._version import __version__
+from schelix_scale.config import Config
+from schelix_scale.errors import RunError
+from schelix_scale.locking import DirectoryLock
+from schelix_scale.provenance import provenance
+from schelix_scale.records import (
+    AGAIN,
+    FORMAT,
+    Artifact,
+    StageRecord,
+    clear,
+    read_header,
+    read_json,
+    refuse_foreign,
+    refuse_other,
+)
+
+
+@final
+class RunDirectory:
+    """A directory that the stages fill; made by `claim` (to write) or `open` (to read). Close it to release it."""
+
+    def __init__(self, path: Path, config: Config, source: dict[str, Any], lock: DirectoryLock | None) -> None:
+        self.path, self.config, self.source, self._lock = path, config, source, lock
+
+    @classmethod
+    def claim(cls, path: str | Path, config: Config, source: Mapping[str, Any], overwrite: bool = False) -> Self:
+        """Start a run in ``path``, or resume the one that is there with the same settings and cells.
+
+        Parameters
+        ----------
+        path
+            The directory; made if it is not there.
+        config
+            Settings of the run.
+        source
+            JSON-able description of the cells, with ``uri``, ``layer`` and ``fingerprint``.
+        overwrite
+            Remove the run that is there. A directory that is not a run is never touched.
+
+        Raises
+        ------
+        RunError
+            The directory is something else, holds a run of other settings, or another process is filling it.
+        """
+        root = Path(path)
+        refuse_foreign(root)
+        try:
+            with files.disk_errors(root / "run.json"):
+                root.mkdir(parents=True, exist_ok=True)
+                lock = DirectoryLock(root)
+        except OSError as error:
+            raise RunError(f"{root} cannot be written ({error}). Choose another output directory with -o.") from error
+        try:
+            refuse_foreign(root)
+            if (root / "run.json").exists():
+                there = read_header(root)
+                if overwrite:
+                    clear(root)
+                else:
+                    refuse_other(root, there, config, source)
+            header = {"format": FORMAT, "schelix_version": __version__, "config": config, "source": dict(source)}
+            files.write_json(root / "run.json", header)
+        except BaseException:
+            lock.release()
+            raise
+        return cls(root, config, dict(source), lock)
+
+    @classmethod
+    def open(cls, path: str | Path, finished: bool = False, writable: bool = False) -> Self:
+        """Open a run under its own settings; ``finished`` asks for a manifest, ``writable`` takes the lock.
+
+        Raises
+        ------
+        RunError
+            ``path`` is not a run, is not finished, is of another version, or another process is filling it.
+        """
+        root = Path(path)
+        if not (root / "run.json").is_file():
+            raise RunError(f"{root} is not a run: it has no run.json. Give the directory that -o named.")
+        header = read_header(root)
+        if finished and not (root / "manifest.json").is_file():
+            raise RunError(f"the run {root} is not finished: it has no manifest.json. {AGAIN} to finish it.")
+        try:
+            config = Config.model_validate(header["config"])
+        except ValueError as error:
+            raise RunError(
+                f"the settings in {root / 'run.json'} are of schelix {header['schelix_version']} and unknown to "
+                f"{__version__} ({error}). Install that version, or integrate again with --overwrite."
+            ) from error
+        return cls(root, config, header["source"], DirectoryLock(root) if writable else None)
+
+    def close(self) -> None:
+        """Release the lock, so that another process may fill the run."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        """Return the run directory."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Release the lock."""
+        self.close()
+
+    def fingerprint(self, stage: str, version: int, inputs: Mapping[str, Any], after: Sequence[str] = ()) -> str:
+        """Return the sha256 of a stage's code ``version``, its inputs, and the recorded stages it comes ``after``.
+
+        Raises
+        ------
+        RunError
+            A stage of ``after`` is not recorded.
+        """
+        content = [stage, version, inputs, [self.record(name).fingerprint for name in after]]
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), default=files.jsonable)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def is_done(self, stage: str, fingerprint: str) -> bool:
+        """Return whether the stage is recorded with this fingerprint and its artifacts are there, in full size."""
+        try:
+            record = self.record(stage)
+        except RunError:
+            return False
+        return record.fingerprint == fingerprint and all(a.misfit(self.path) is None for a in record.artifacts)
+
+    def begin(self, stage: str) -> None:
+        """Start a stage (again): the run is unfinished from here, and what an interruption has left is removed."""
+        self._writable()
+        for stale in (self.path / "manifest.json", self._record_path(stage)):
+            if stale.exists():
+                stale.unlink()
+                files.sync(stale.parent)
+        files.remove_partials(self.path)
+
+    def publish(self, relative: str) -> AbstractContextManager[Path]:
+        """Return a context that yields a ``.partial`` path to write to, and renames it to ``relative`` at the end."""
+        self._writable()
+        return files.publish(self._inside(relative))
+
+    def finish(
+        self,
+        stage: str,
+        fingerprint: str,
+        artifacts: Sequence[str],
+        seconds: float,
+        details: Mapping[str, Any] | None = None,
+    ) -> StageRecord:
+        """Record the stage with the sizes and checksums of its published artifacts (paths in the run)."""
+        self._writable()
+        for name in artifacts:
+            if not self._inside(name).exists():
+                raise RunError(f"stage {stage} made no {name} in {self.path}; publish it before the stage is finished.")
+        measured = tuple(Artifact.measure(self.path, name) for name in artifacts)
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        record = StageRecord(stage, fingerprint, measured, round(seconds, 3), dict(details or {}), now)
+        files.write_json(self._record_path(stage), asdict(record))
+        return record
+
+    def record(self, stage: str) -> StageRecord:
+        """Return what `finish` recorded.
+
+        Raises
+        ------
+        RunError
+            The stage is not recorded, or its record is damaged.
+        """
+        path = self._record_path(stage)
+        if not path.is_file():
+            raise RunError(f"the run {self.path} has no finished stage {stage!r}. {AGAIN} to finish it.")
+        return StageRecord.read(path)
+
+    def records(self) -> list[StageRecord]:
+        """Return the records of all finished stages, in the order in which they finished."""
+        return sorted((self.record(stage) for stage in self._recorded()), key=lambda record: record.finished)
+
+    def invalidate(self, stage: str) -> None:
+        """Forget that a stage is done, so that it is done again."""
+        self.begin(stage)
+
+    def finish_run(self, summary: Mapping[str, Any]) -> None:
+        """Write the manifest: from here on the run can be read."""
+        self._writable()
+        manifest = {
+            "format": FORMAT,
+            **provenance(self.config.threads),
+            "config": self.config,
+            "source": self.source,
+            "stages": {record.stage: asdict(record) for record in self.records()},
+            "summary": dict(summary),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        files.write_json(self.path / "manifest.json", manifest)
+
+    def verify(self) -> list[str]:
+        """Return the problems of the run, each with its remedy: unfinished, artifacts missing, cut or changed."""
+        problems: list[str] = []
+        listed: dict[str, Any] | None = None
+        if not (self.path / "manifest.json").is_file():
+            problems.append(f"the run {self.path} is not finished: it has no manifest.json. {AGAIN} to finish it.")
+        else:
+            try:
+                listed = dict(read_json(self.path / "manifest.json")["stages"])
+            except (RunError, KeyError, TypeError) as error:
+                problems.append(f"{self.path / 'manifest.json'} is damaged ({error}). Delete it. {AGAIN}.")
+        for stage in {**dict.fromkeys(listed or ()), **dict.fromkeys(self._recorded())}:
+            problems += self._verify_stage(stage, listed)
+        return problems
+
+    def _verify_stage(self, stage: str, listed: Mapping[str, Any] | None) -> list[str]:
+        try:
+            path, record = self._record_path(stage), self.record(stage)
+        except (RunError, ValueError) as error:
+            return [str(error)]
+        problems = []
+        if listed is not None and read_json(path) != listed.get(stage):
+            problems.append(f"{path} differs from the manifest. Delete it. {AGAIN} to do stage {stage} again.")
+        for artifact in record.artifacts:
+            damage = artifact.damage(self.path)
+            if damage:
+                where = self.path / artifact.path
+                remedy = f"Delete it. {AGAIN}" if where.exists() else AGAIN
+                problems.append(f"{where} (made by stage {stage}) {damage}. {remedy} to rebuild it.")
+        return problems
+
+    def _recorded(self) -> list[str]:
+        return sorted(path.stem for path in (self.path / "stages").glob("*.json") if "." not in path.stem)
+
+    def _record_path(self, stage: str) -> Path:
+        if not re.fullmatch(r"[a-z0-9_-]+", stage):
+            raise ValueError(f"{stage!r} cannot name a stage; use lower-case letters, digits, _ and -.")
+        return self.path / "stages" / f"{stage}.json"
+
+    def _inside(self, relative: str) -> Path:
+        if Path(relative).is_absolute() or ".." in Path(relative).parts:
+            raise ValueError(f"{relative!r} is not inside the run; give a path relative to {self.path}.")
+        return self.path / relative
+
+    def _writable(self) -> None:
+        if self._lock is None:
+            raise RunError(f"the run {self.path} is open for reading. Open it with claim, or with writable=True.")

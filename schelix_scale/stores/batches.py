@@ -1,0 +1,126 @@
+"""The batch of each cell: an obs column -> codes, names and sizes, or what is wrong with the column."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+import numpy as np
+import pandas as pd
+
+from schelix_scale.errors import DataError
+from schelix_scale.stores.base import CellStore
+
+_USUAL = (
+    "batch", "sample", "donor", "patient", "library", "plate", "lane", "assay", "technology", "protocol", "dataset",
+)  # fmt: skip
+_MANY = 1000
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Batch of each cell: ``codes`` (n,) int32 into ``names`` (b,), sorted as text, and ``sizes`` (b,) in cells."""
+
+    codes: np.ndarray
+    names: list[str]
+    sizes: np.ndarray
+
+
+def read_batches(store: CellStore, batch_key: str) -> Batches:
+    """Read the batch of every cell; text, categorical, integer and boolean columns are all taken by their text.
+
+    Parameters
+    ----------
+    store
+        The cells.
+    batch_key
+        Name of the obs column.
+
+    Raises
+    ------
+    DataError
+        The column is not there, looks continuous, has cells without a batch, has one batch only, or has batches of
+        a single cell. The message gives numbers, examples and the remedy.
+    """
+    if batch_key not in store.obs_columns:
+        raise DataError(f"{store.source} has no obs column {batch_key!r} (batch_key). {_suggest(store, batch_key)}")
+    codes, names = _encode(store.obs([batch_key])[batch_key], f"{store.source}: obs column {batch_key!r}", store)
+    sizes = np.bincount(codes, minlength=len(names))
+    if len(names) < 2:
+        raise DataError(
+            f"{store.source}: obs column {batch_key!r} has one batch only ({', '.join(names)}), so there is nothing to "
+            f"integrate. {_suggest(store, batch_key)}"
+        )
+    single = np.flatnonzero(sizes < 2)
+    if single.size:
+        identifiers = 2 * single.size > len(names)
+        hint = f" It looks like an identifier of cells. {_suggest(store, batch_key)}" if identifiers else ""
+        raise DataError(
+            f"{store.source}: {single.size} of {len(names)} batches of {batch_key!r} have fewer than 2 cells "
+            f"({_first([names[i] for i in single])}). Merge them with another batch or drop their cells.{hint}"
+        )
+    return Batches(codes, names, sizes)
+
+
+def likely_batch_columns(store: CellStore, asked: str) -> list[str]:
+    """Return the obs columns that could name batches, those with a usual name or one like ``asked`` first.
+
+    A candidate is text, categorical, integer or boolean with 2 to min(n / 2, 1000) distinct values.
+    """
+    most = min(store.n_cells / 2, _MANY)
+    found = []
+    for name in store.obs_columns:
+        column = store.obs([name])[name]
+        if name != asked and not _is_float(column) and 2 <= column.nunique() <= most:
+            found.append(name)
+    return sorted(found, key=lambda name: -_resemblance(name.lower(), asked.lower()))
+
+
+def _encode(column: pd.Series, what: str, store: CellStore) -> tuple[np.ndarray, list[str]]:
+    """Return codes (n,) int32 and sorted names, or raise for values that are missing or continuous."""
+    if _is_float(column):
+        _check_not_continuous(column, what)
+    raw, values = pd.factorize(column)
+    texts = np.array([str(value) for value in values], dtype=object)
+    blank = np.array([not text.strip() for text in texts], dtype=bool)
+    missing = np.flatnonzero(np.r_[blank, True][raw])
+    if missing.size:
+        cells = [str(name) for name in column.index[missing[:3]]]
+        raise DataError(
+            f"{what} is missing or empty for {missing.size} of {store.n_cells} cells (first: {', '.join(cells)}). "
+            f"Fill it in, or drop these cells: adata[adata.obs[{str(column.name)!r}].notna()]."
+        )
+    names = sorted(set(texts))
+    place = {name: code for code, name in enumerate(names)}
+    return np.array([place[text] for text in texts], dtype=np.int32)[raw], names
+
+
+def _check_not_continuous(column: pd.Series, what: str) -> None:
+    values = column.dropna().unique()
+    integral = bool(np.all(values == np.round(values)))
+    if len(values) > (min(len(column) / 2, _MANY) if integral else 20):
+        examples = ", ".join(f"{value:g}" for value in values[:3])
+        raise DataError(
+            f"{what} looks continuous: {len(values)} distinct values of type {column.dtype} (first: {examples}). "
+            f"A batch key names groups of cells; choose another column, or cut this one into groups as text."
+        )
+
+
+def _is_float(column: pd.Series) -> bool:
+    return bool(pd.api.types.is_float_dtype(column.dtype))
+
+
+def _suggest(store: CellStore, asked: str) -> str:
+    likely = likely_batch_columns(store, asked)
+    if likely:
+        return f"Columns that could name batches: {_first(likely, 10)} (--batch-key NAME)."
+    return f"No other obs column looks like batches (there are: {_first(store.obs_columns, 10) or 'none'})."
+
+
+def _resemblance(name: str, asked: str) -> float:
+    usual = 1.0 if any(word in name for word in _USUAL) else 0.0
+    return max(usual, SequenceMatcher(None, name, asked).ratio())
+
+
+def _first(names: list[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (f", ... {len(names) - count} more" if len(names) > count else "")

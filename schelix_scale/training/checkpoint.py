@@ -1,0 +1,85 @@
+"""Training state <-> ``checkpoints/step-*/state.pt``, published atomically; a torn one is never read."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from schelix_scale.errors import TrainingError
+from schelix_scale.publish import publish
+
+FORMAT = 1
+KEEP = 2
+
+
+@dataclass
+class TrainState:
+    """Everything that decides how training goes on.
+
+    Attributes
+    ----------
+    phase
+        Number of the current phase; equal to the number of phases when training is finished.
+    step
+        Steps made in the current phase.
+    operator_id
+        The version of the cached features in use.
+    best_loss, stale
+        Best validation loss of the phase and evaluations since then.
+    model, best_model, optimizer
+        State dicts; ``best_model`` belongs to ``best_loss``.
+    """
+
+    phase: int
+    step: int
+    operator_id: str
+    best_loss: float
+    stale: int
+    model: dict[str, Any]
+    best_model: dict[str, Any]
+    optimizer: dict[str, Any] | None
+
+
+def save_checkpoint(folder: Path, state: TrainState, fingerprint: str) -> Path:
+    """Write ``folder/step-PP-SSSSSS/state.pt`` and drop all but the last two."""
+    target = folder / f"step-{state.phase:02d}-{state.step:06d}"
+    with publish(target) as partial:
+        partial.mkdir()
+        torch.save({"format": FORMAT, "fingerprint": fingerprint, **vars(state)}, partial / "state.pt")
+    for old in _checkpoints(folder)[:-KEEP]:
+        shutil.rmtree(old)
+    return target
+
+
+def latest_checkpoint(folder: Path, fingerprint: str) -> TrainState | None:
+    """Read the newest readable checkpoint of this training (by its fingerprint); None if there is none."""
+    for path in reversed(_checkpoints(folder)):
+        try:
+            found = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError):
+            continue
+        if found.pop("format") == FORMAT and found.pop("fingerprint") == fingerprint:
+            return TrainState(**found)
+    return None
+
+
+def final_checkpoint(folder: Path, fingerprint: str) -> TrainState:
+    """Read the newest checkpoint of a finished training.
+
+    Raises
+    ------
+    TrainingError
+        There is none that can be read.
+    """
+    state = latest_checkpoint(folder, fingerprint)
+    if state is None:
+        raise TrainingError(f"{folder} holds no readable checkpoint of this run. Run `schelix integrate` again.")
+    return state
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
