@@ -56,7 +56,7 @@ class FeaturesConfig(_Settings):
 
     anchor_dims: int = Field(30, ge=2, le=200)
     variant_dims: int = Field(30, ge=2, le=200)
-    scale_power: float = Field(1.0, ge=0, le=1, description="genes are divided by sd**scale_power")
+    scale_power: float = Field(0.75, ge=0, le=1, description="genes are divided by sd**scale_power")
     dtype: Literal["float16", "float32"] = "float32"
 
 

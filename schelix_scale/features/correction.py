@@ -43,19 +43,23 @@ class MixtureCorrection:
         logits = 2.0 / SIGMA * (unit @ self.centroids_kd.T) + self.penalty_kb.T[batch_n]
         logits -= logits.max(axis=1, keepdims=True)
         weights = np.exp(logits)
-        return weights / weights.sum(axis=1, keepdims=True)
+        return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
     def apply(self, z_nd: np.ndarray, batch_n: np.ndarray) -> np.ndarray:
-        """Correct (n, d) components of cells with (n,) batch codes; float32.
+        """Correct (n, d) components of cells with (n,) batch codes; float32."""
+        return self.apply_with_weights(z_nd, batch_n)[0]
+
+    def apply_with_weights(self, z_nd: np.ndarray, batch_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Correct (n, d) components; return them, float32, with the soft weights R (n, K) that were used.
 
         R depends on where a corrected cell lies, so it is found by a few rounds from the uncorrected cell,
         as Harmony finds it for the sketch.
         """
         corrected = z_nd
         for _ in range(ROUNDS):
-            weights = self.responsibilities(corrected, batch_n)
-            corrected = z_nd - mixture_shift(weights, batch_n, self.shift_kbd)
-        return np.asarray(corrected, dtype=np.float32)
+            weights_nk = self.responsibilities(corrected, batch_n)
+            corrected = z_nd - mixture_shift(weights_nk, batch_n, self.shift_kbd)
+        return np.asarray(corrected, dtype=np.float32), weights_nk
 
 
 def mixture_shift(weights_nk: np.ndarray, batch_n: np.ndarray, shift_kbd: np.ndarray) -> np.ndarray:
@@ -71,33 +75,37 @@ def fit_correction(z_nd: np.ndarray, batch_n: np.ndarray, n_batches: int, seed: 
     """Fit Harmony on the sketch's (n, d) components and keep what corrects any cell."""
     fitted = run_harmony(z_nd, batch_n, seed, threads)
     weights_nk = np.asarray(fitted.R)
-    centroids_kd = np.asarray(fitted.Y).T
-    one_hot_nb = np.zeros((len(batch_n), n_batches))
-    one_hot_nb[np.arange(len(batch_n)), batch_n] = 1.0
-    observed_kb = weights_nk.T @ one_hot_nb
-    expected_kb = np.outer(weights_nk.sum(axis=0), one_hot_nb.mean(axis=0))
+    observed_kb, expected_kb = occupancy(weights_nk, batch_n, n_batches)
     penalty_kb = THETA * np.log((expected_kb + 1) / (observed_kb + expected_kb + 1))
-    shift_kbd = ridge_shifts(z_nd, batch_n, weights_nk, observed_kb, RIDGE_SHARE * expected_kb)
+    shift_kbd = ridge_shifts(z_nd, batch_n, weights_nk, n_batches)
+    centroids_kd = np.asarray(fitted.Y).T
     return MixtureCorrection(
         centroids_kd.astype(np.float32), penalty_kb.astype(np.float32), shift_kbd.astype(np.float32)
     )
 
 
-def ridge_shifts(
-    z_nd: np.ndarray, batch_n: np.ndarray, weights_nk: np.ndarray, observed_kb: np.ndarray, ridge_kb: np.ndarray
-) -> np.ndarray:
+def occupancy(weights_nk: np.ndarray, batch_n: np.ndarray, n_batches: int) -> tuple[np.ndarray, np.ndarray]:
+    """Observed cells of each batch in each soft cluster, and those expected if batches mixed: (K, b) each."""
+    one_hot_nb = np.zeros((len(batch_n), n_batches))
+    one_hot_nb[np.arange(len(batch_n)), batch_n] = 1.0
+    return weights_nk.T @ one_hot_nb, np.outer(weights_nk.sum(axis=0), one_hot_nb.mean(axis=0))
+
+
+def ridge_shifts(z_nd: np.ndarray, batch_n: np.ndarray, weights_nk: np.ndarray, n_batches: int) -> np.ndarray:
     """Solve, for every soft cluster, the weighted ridge of components on batches with a free intercept.
+
+    The penalty of a batch is 0.2 of its expected cells in the cluster, as in Harmony 2.
 
     Returns
     -------
     (K, b, d) coefficients of the batches. With one-hot batches the normal equations are an arrow matrix, so
     the intercept has a closed form: no (b, b) system is solved.
     """
-    n_batches = observed_kb.shape[1]
+    observed_kb, expected_kb = occupancy(weights_nk, batch_n, n_batches)
     shifts = np.zeros((weights_nk.shape[1], n_batches, z_nd.shape[1]))
     sums_bkd = np.stack([weights_nk[batch_n == b].T @ z_nd[batch_n == b] for b in range(n_batches)])
     for cluster in range(weights_nk.shape[1]):
-        count, ridge, total = observed_kb[cluster], ridge_kb[cluster], sums_bkd[:, cluster]
+        count, ridge, total = observed_kb[cluster], RIDGE_SHARE * expected_kb[cluster], sums_bkd[:, cluster]
         shrink = np.divide(1.0, count + ridge, out=np.zeros_like(count), where=count + ridge > 0)
         left = count.sum() - (count**2 * shrink).sum()
         if left <= 0:

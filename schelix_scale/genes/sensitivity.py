@@ -104,7 +104,9 @@ def _group_moments(
     keep = counts >= MIN_CELLS
     if not keep.any():
         return None
-    indicator = sparse.csr_matrix((np.ones(len(members)), (codes, np.arange(len(members)))), (len(batches), len(members)))
+    indicator = sparse.csr_matrix(
+        (np.ones(len(members)), (codes, np.arange(len(members)))), (len(batches), len(members))
+    )
     block = x_ng[members].astype(np.float64)
     sums = (indicator @ block).toarray()
     block.data **= 2

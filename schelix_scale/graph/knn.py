@@ -60,7 +60,9 @@ def find_neighbors(features_nd: np.ndarray, k: int, method: str, seed: int, thre
     """
     n = len(features_nd)
     if k >= n:
-        raise GraphError(f"k = {k} neighbours need more than {k} cells, got {n}. Lower graph.k (--set graph.k={n // 2}).")
+        raise GraphError(
+            f"k = {k} neighbours need more than {k} cells, got {n}. Lower graph.k (--set graph.k={n // 2})."
+        )
     unit = unit_rows(features_nd)
     if method == "exact":
         return Neighbors(*exact_neighbors(unit, unit, k, own_rows=np.arange(n)), method)

@@ -42,7 +42,12 @@ def clip_norm(update_md: Tensor, limit_m1: Tensor) -> Tensor:
 
 def _mlp(inputs: int, width: int, outputs: int, last_scale: float) -> nn.Sequential:
     layers = nn.Sequential(
-        nn.Linear(inputs, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, outputs)
+        nn.Linear(inputs, width),
+        nn.LayerNorm(width),
+        nn.GELU(),
+        nn.Linear(width, width),
+        nn.GELU(),
+        nn.Linear(width, outputs),
     )
     last = layers[-1]
     assert isinstance(last, nn.Linear)
@@ -68,7 +73,13 @@ class DualStream(nn.Module):
     """
 
     def __init__(
-        self, hops: int, anchor_dims: int, variant_dims: int, anchor_scale: float, variant_scale: float, config: TrainConfig
+        self,
+        hops: int,
+        anchor_dims: int,
+        variant_dims: int,
+        anchor_scale: float,
+        variant_scale: float,
+        config: TrainConfig,
     ) -> None:
         super().__init__()
         self.residual = config.anchor_residual

@@ -88,7 +88,7 @@ def train(training: Training, features: CachedFeatures, reporter: Reporter) -> t
     model = build_model(features, training.config, training.seed).to(training.device)
     state = latest_checkpoint(training.folder, training.fingerprint)
     if state is None:
-        state = TrainState(0, 0, features.operator_id, float("inf"), 0, _weights(model), _weights(model), None)
+        state = TrainState(0, 0, features.operator_id, float("inf"), 0, weights(model), weights(model), None)
     else:
         features = training.reopen(state.operator_id)
         reporter.say(f"training goes on from phase {state.phase + 1}, step {state.step}")
@@ -100,7 +100,7 @@ def train(training: Training, features: CachedFeatures, reporter: Reporter) -> t
         if state.phase + 1 < len(phases):
             features = training.refresh(features, model)
         state = TrainState(
-            state.phase + 1, 0, features.operator_id, float("inf"), 0, _weights(model), _weights(model), None
+            state.phase + 1, 0, features.operator_id, float("inf"), 0, weights(model), weights(model), None
         )
         save_checkpoint(training.folder, state, training.fingerprint)
     model.load_state_dict(state.model)
@@ -167,10 +167,10 @@ def _evaluate(
     model.train()
     improved = loss < state.best_loss - 1e-4 * abs(state.best_loss if np.isfinite(state.best_loss) else 0.0)
     if improved:
-        state.best_loss, state.stale, state.best_model = loss, 0, _weights(model)
+        state.best_loss, state.stale, state.best_model = loss, 0, weights(model)
     else:
         state.stale += 1
-    state.model, state.optimizer = _weights(model), deepcopy(optimizer.state_dict())
+    state.model, state.optimizer = weights(model), deepcopy(optimizer.state_dict())
     save_checkpoint(training.folder, state, training.fingerprint)
     _log(training.folder, {"phase": name, "event": "evaluate", "step": state.step, "validation_loss": loss})
     return state.stale >= training.config.patience
@@ -226,7 +226,8 @@ def _optimizer(model: DualStream, phase: str, config: TrainConfig) -> torch.opti
     return torch.optim.AdamW(groups, lr=rate, weight_decay=1e-4)
 
 
-def _weights(model: DualStream) -> dict[str, Tensor]:
+def weights(model: DualStream) -> dict[str, Tensor]:
+    """Copy the model's state to the CPU."""
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 

@@ -1,0 +1,75 @@
+"""A trained model and its cached features -> the latent of every cell, by row number, as an AnnData zarr."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from schelix_scale.errors import TrainingError
+from schelix_scale.graph.operator import row_blocks
+from schelix_scale.model.streams import DualStream, Latent
+from schelix_scale.training.data import CachedFeatures
+from schelix_scale.training.refresh import ENCODE_CELLS, encode
+
+KEY = "X_schelix"
+STREAM_KEYS = {"backbone": f"{KEY}_backbone", "anchor": f"{KEY}_anchor", "variant": f"{KEY}_variant"}
+
+
+def output_keys(model: DualStream, trained: bool, streams: bool) -> dict[str, str]:
+    """Return which latent goes to which obsm key; the embedding of an untrained run is the backbone."""
+    keys = {KEY: "fused" if trained else "backbone"}
+    if streams:
+        keys |= {key: part for part, key in STREAM_KEYS.items() if part != "variant" or not model.single_stream}
+    return keys
+
+
+def write_embedding(
+    path: Path,
+    model: DualStream,
+    features: CachedFeatures,
+    keys: Mapping[str, str],
+    obs: pd.DataFrame,
+    uns: Mapping[str, Any],
+    device: torch.device,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Write ``path``, readable by `anndata.read_zarr`: obs, uns and one (n, d) float32 array per obsm key.
+
+    Rows are written block by block at their row numbers, each zarr chunk by one block.
+
+    Raises
+    ------
+    TrainingError
+        A latent is not finite.
+    """
+    import anndata
+    import zarr
+
+    with warnings.catch_warnings(), anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        anndata.AnnData(obs=obs, uns={"schelix": dict(uns)}).write_zarr(path)
+    group = zarr.open_group(path, mode="r+")
+    n, _, dims = features.anchor_nta.shape
+    arrays = {}
+    for key in keys:
+        arrays[key] = group["obsm"].create_array(key, shape=(n, dims), chunks=(ENCODE_CELLS, dims), dtype="float32")
+        arrays[key].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    model.eval()
+    for start, stop in row_blocks(n, ENCODE_CELLS):
+        latent: Latent = encode(model, features, start, stop, device)
+        if not torch.isfinite(latent.fused).all():
+            raise TrainingError(
+                f"the embedding of cells {start} to {stop} is not finite; train again with another seed."
+            )
+        for key, part in keys.items():
+            arrays[key][start:stop] = getattr(latent, part).numpy()
+        advance(stop - start)
+    with warnings.catch_warnings():  # anndata writes consolidated metadata too, and reads faster with it
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        zarr.consolidate_metadata(group.store)

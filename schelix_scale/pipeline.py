@@ -1,0 +1,125 @@
+"""The order of the stages: from a source of cells to a finished run directory.
+
+Each stage reads what the ones before it published, and is skipped when neither its inputs nor its settings changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from schelix_scale.compute import limited_threads, resolve_device
+from schelix_scale.config import Config
+from schelix_scale.config_io import load_config
+from schelix_scale.context import Context
+from schelix_scale.errors import ConfigError
+from schelix_scale.progress import Reporter, RichReporter
+from schelix_scale.run import Run, RunDirectory
+from schelix_scale.stages import STAGES
+from schelix_scale.stores import CellStore, open_store
+from schelix_scale.stores.checks import check_names
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def integrate(
+    source: str | Path | AnnData | CellStore,
+    *,
+    batch_key: str | None = None,
+    out: str | Path,
+    config: Config | str | Path | None = None,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> Run:
+    """Integrate the batches of a data set into one embedding.
+
+    Parameters
+    ----------
+    source
+        An ``.h5ad`` file or ``.zarr`` directory in anndata layout, an AnnData in memory, or a store.
+    batch_key
+        The obs column that names each cell's batch; ``data.batch_key`` of the settings by default.
+    out
+        The run directory. A run of the same settings that is there is continued, or returned if it is finished.
+    config
+        Settings, or the path of a TOML file of settings.
+    overwrite
+        Replace a run of other settings in ``out``.
+    reporter
+        Where progress goes; standard error by default.
+    **settings
+        Single settings with ``__`` or a dot between levels, as ``genes__n_hvg=1000``, ``seed=1``, or
+        ``**{"graph.k": 15}``. They win over ``config``.
+
+    Returns
+    -------
+    The finished run: ``run.embedding`` (n, d) float32 in the order of the source's cells, ``run.genes``,
+    ``run.to_anndata()`` with ``obsm["X_schelix"]``.
+
+    Raises
+    ------
+    StoreError
+        The source cannot be read.
+    DataError
+        Its content cannot be integrated.
+    ConfigError
+        A setting is unknown or has a bad value.
+    RunError
+        ``out`` holds something else.
+
+    Examples
+    --------
+    >>> run = integrate("atlas.h5ad", batch_key="donor", out="atlas-run")  # doctest: +SKIP
+    >>> run.embedding.shape  # doctest: +SKIP
+    (13963, 30)
+    """
+    chosen = merge_settings(config, batch_key, settings)
+    resolve_device(chosen.device)
+    reporter = reporter or RichReporter()
+    store = open_store(source, chosen.data.layer)
+    check_names(store)
+    context = Context.prepare(store, chosen, reporter)
+    description = {"uri": _uri(store), "layer": chosen.data.layer, "fingerprint": context.source_fingerprint}
+    with RunDirectory.claim(out, chosen, description, overwrite) as directory, limited_threads(context.threads):
+        for stage in STAGES:
+            stage(context, directory)
+        if not (directory.path / "manifest.json").exists():
+            directory.finish_run(context.summary(directory))
+    return Run.open(out)
+
+
+def merge_settings(config: Config | str | Path | None, batch_key: str | None, settings: Mapping[str, Any]) -> Config:
+    """Combine a Config or TOML file with single settings, which win.
+
+    Raises
+    ------
+    ConfigError
+        A setting is unknown or has a bad value.
+    """
+    overrides = {key.replace("__", "."): value for key, value in settings.items()}
+    if batch_key is not None:
+        if overrides.get("data.batch_key", batch_key) != batch_key:
+            raise ConfigError(
+                f"batch_key is {batch_key!r} and data.batch_key {overrides['data.batch_key']!r}. Give one."
+            )
+        overrides["data.batch_key"] = batch_key
+    if isinstance(config, Config):
+        given = config.model_dump(exclude_unset=True)
+        return load_config(None, {**flatten(given), **overrides})
+    return load_config(config, overrides)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _uri(store: CellStore) -> str:
+    path = Path(store.source)
+    return str(path.resolve()) if path.exists() else store.source

@@ -1,0 +1,263 @@
+"""The stages of a run, in order: genes, features, graph, train, embed. Each fills its part of the run directory.
+
+A stage reads only what the ones before it published, so that any of them can be done again alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from schelix_scale._version import __version__
+from schelix_scale.compute import resolve_device
+from schelix_scale.context import PASS_SHARE, SKETCH_SHARE, Context
+from schelix_scale.publish import create_array
+from schelix_scale.run import RunDirectory
+
+FEATURES = {"anchor": "features/anchor.npy", "anchor_corrected": "features/anchor_corrected.npy"}
+VARIANT = {"variant": "features/variant.npy"}
+
+
+def find_genes(context: Context, directory: RunDirectory) -> None:
+    """Sketch -> gene roles, projections and correction: genes.parquet, cells.parquet, streams.npz."""
+    from schelix_scale.features.streams import fit_streams
+    from schelix_scale.features.projection import fit_projection
+    from schelix_scale.genes.partition import ANCHOR, VARIANT, partition_genes
+    from schelix_scale.genes.sketch import draw_sketch, sketch_size
+    from schelix_scale.genes.variable import variable_genes
+
+    config, store, batches, say = context.config, context.store, context.batches, context.reporter.say
+    inputs = {"source": context.source_fingerprint, "cells": context.cells_hash, "seed": config.seed}
+    inputs |= {"data": config.data, "sketch": config.sketch, "genes": config.genes, "features": config.features}
+
+    def make(_: str) -> tuple[list[str], dict[str, Any]]:
+        budget = int(SKETCH_SHARE * context.budget)
+        with context.reporter.stage("sketch", sketch_size(store, config.sketch, budget)) as progress:
+            sketch = draw_sketch(
+                store,
+                batches.codes,
+                batches.names,
+                config.sketch,
+                budget,
+                config.data.values,
+                config.seed,
+                progress.advance,
+            )
+        say(f"values are {sketch.values.kind} ({sketch.values.reason})")
+        with context.reporter.stage("genes", None, "steps") as progress:
+            level_n = None if context.level_n is None else context.level_n[sketch.rows]
+            hvg = variable_genes(sketch.x_ng, sketch.batch_n, config.genes.n_hvg, config.genes.min_batch_cells)
+            progress.advance(1)
+            partition = partition_genes(
+                sketch.x_ng,
+                store.gene_names,
+                hvg,
+                sketch.batch_n,
+                lambda genes: fit_projection(sketch.x_ng, genes, 50, config.features.scale_power)[1],
+                config.genes,
+                config.seed,
+                context.threads,
+                level_n,
+            )
+            progress.advance(1)
+            streams = fit_streams(
+                sketch.x_ng,
+                sketch.batch_n,
+                len(batches.names),
+                partition,
+                config.features,
+                config.seed,
+                context.threads,
+            )
+        anchors, variants = len(partition.positions(ANCHOR)), len(partition.positions(VARIANT))
+        _say_partition(context, partition.signal, partition.single_stream, anchors, variants, partition.cut)
+        empty = int((partition.genes["mean"] == 0).sum())
+        if empty:
+            say(f"{empty:,} of {len(partition.genes):,} genes are zero in every sketched cell and play no role")
+        with directory.publish("genes.parquet") as path:
+            partition.genes.to_parquet(path)
+        with directory.publish("streams.npz") as path:
+            streams.save(path)
+        with directory.publish("cells.parquet") as path:
+            _cell_table(context).to_parquet(path)
+        details = {
+            "values": sketch.values.kind,
+            "values_reason": sketch.values.reason,
+            "sketch_cells": len(sketch.rows),
+            "hvg": len(hvg),
+            "anchors": anchors,
+            "variants": variants,
+            "batch_signal": partition.signal,
+            "single_stream": partition.single_stream,
+            "rounds": partition.rounds,
+            "cut": partition.cut,
+            "dims": streams.dims,
+        }
+        return ["genes.parquet", "streams.npz", "cells.parquet"], details
+
+    context.run_stage(directory, "genes", 1, inputs, [], make)
+
+
+def write_stream_features(context: Context, directory: RunDirectory) -> None:
+    """All cells, once -> features/*.npy."""
+    from schelix_scale.features.onepass import OnePass, write_features
+    from schelix_scale.features.streams import Streams
+
+    details = directory.record("genes").details
+    names = FEATURES if details["single_stream"] else FEATURES | VARIANT
+
+    def make(_: str) -> tuple[list[str], dict[str, Any]]:
+        job = OnePass(context.store, Streams.load(directory.path / "streams.npz"), details["values"])
+        n, dims = context.store.n_cells, dict(zip(("anchor", "variant"), job.streams.dims, strict=True))
+        targets = {}
+        for name, relative in names.items():
+            target = directory.path / relative
+            targets[name] = target.with_name(f"{target.stem}.partial{target.suffix}")
+            target.parent.mkdir(exist_ok=True)
+            create_array(targets[name], (n, dims[name.partition("_")[0]]), "float32")
+        with context.reporter.stage("features", n) as progress:
+            budget = int(PASS_SHARE * context.budget)
+            write_features(job, context.batches.codes, targets, budget, context.threads, progress.advance)
+        for name, relative in names.items():
+            targets[name].replace(directory.path / relative)
+        return list(names.values()), {}
+
+    context.run_stage(directory, "features", 1, {}, ["genes"], make)
+
+
+def build_graph(context: Context, directory: RunDirectory) -> None:
+    """Corrected Anchor features -> audited operator and diffused features, cached under the operator's id."""
+    from schelix_scale.graph.cache import operator_id
+    from schelix_scale.graph.knn import choose_method
+
+    config = context.config.graph
+
+    def make(fingerprint: str) -> tuple[list[str], dict[str, Any]]:
+        cache = open_cache(context, directory)
+        method = choose_method(context.store.n_cells, config)
+        name = operator_id({"stage": fingerprint}, method)
+        with context.reporter.stage(f"neighbours ({method})", None, "steps"):
+            neighbors, audit = cache.find(cache.features["anchor"], context.config.seed, context.threads)
+        context.reporter.say(f"neighbour recall {audit.recall:.3f} (95 % CI {audit.low:.3f}-{audit.high:.3f})")
+        with context.reporter.stage("diffusion", cache.work) as progress:
+            cache.publish(name, cache.operator(neighbors), audit, progress.advance)
+        return cache.artifacts(name), {"operator_id": name, "audit": audit.to_dict()}
+
+    inputs = {"graph": config, "seed": context.config.seed}
+    context.run_stage(directory, "graph", 1, inputs, ["features"], make)
+
+
+def train_model(context: Context, directory: RunDirectory) -> None:
+    """Cached features -> the trained dual-stream model: checkpoints/, and refreshed operators."""
+    import torch
+
+    from schelix_scale.training.checkpoint import TrainState, save_checkpoint
+    from schelix_scale.training.loop import Training, build_model, train, weights
+    from schelix_scale.training.refresh import Refresh, open_features
+
+    config = context.config
+    device = torch.device(resolve_device(config.device))
+
+    def make(fingerprint: str) -> tuple[list[str], dict[str, Any]]:
+        cache = open_cache(context, directory)
+        first = directory.record("graph").details["operator_id"]
+        features, folder = open_features(cache, first), directory.path / "checkpoints"
+        if config.train.enabled:
+            refresh = Refresh(cache, config.train, fingerprint, config.seed, context.threads, device, context.reporter)
+            training = Training(
+                config.train, config.seed, device, folder, fingerprint, refresh, lambda name: open_features(cache, name)
+            )
+            _, features = train(training, features, context.reporter)
+        else:
+            model = weights(build_model(features, config.train, config.seed))
+            save_checkpoint(folder, TrainState(0, 0, first, 0.0, 0, model, model, None), fingerprint)
+        fresh = [] if features.operator_id == first else cache.artifacts(features.operator_id)
+        return ["checkpoints", *fresh], {"operator_id": features.operator_id, "device": str(device), "key": fingerprint}
+
+    inputs = {"train": config.train, "seed": config.seed, "device": device.type}
+    context.run_stage(directory, "train", 1, inputs, ["graph"], make)
+
+
+def embed_cells(context: Context, directory: RunDirectory) -> None:
+    """Model and cached features -> embedding.zarr with every cell at its row number."""
+    import torch
+
+    from schelix_scale.embedding import output_keys, write_embedding
+    from schelix_scale.training.checkpoint import final_checkpoint
+    from schelix_scale.training.loop import build_model
+    from schelix_scale.training.refresh import open_features
+
+    config = context.config
+
+    def make(_: str) -> tuple[list[str], dict[str, Any]]:
+        details = directory.record("train").details
+        device = torch.device(resolve_device(config.device))
+        features = open_features(open_cache(context, directory), details["operator_id"])
+        state = final_checkpoint(directory.path / "checkpoints", details["key"])
+        model = build_model(features, config.train, config.seed).to(device)
+        model.load_state_dict(state.model)
+        keys = output_keys(model, config.train.enabled, config.embed.streams)
+        obs = pd.read_parquet(directory.path / "cells.parquet").drop(columns=["row", "batch_code"])
+        uns = {
+            "version": __version__,
+            "config": config.model_dump_json(),
+            "source": directory.source["uri"],
+            "source_fingerprint": context.source_fingerprint,
+            "operator_id": details["operator_id"],
+        }
+        with (
+            context.reporter.stage("embed", context.store.n_cells) as progress,
+            directory.publish("embedding.zarr") as path,
+        ):
+            write_embedding(path, model, features, keys, obs, uns, device, progress.advance)
+        return ["embedding.zarr"], {"dims": features.anchor_nta.shape[2], "keys": list(keys)}
+
+    context.run_stage(directory, "embed", 1, {"embed": config.embed}, ["genes", "train"], make)
+
+
+STAGES = (find_genes, write_stream_features, build_graph, train_model, embed_cells)
+
+
+def open_cache(context: Context, directory: RunDirectory) -> Any:
+    """Open the operator cache of a run whose features are written."""
+    from schelix_scale.graph.cache import OperatorCache
+
+    single = directory.record("genes").details["single_stream"]
+    anchor = np.load(directory.path / FEATURES["anchor_corrected"], mmap_mode="r")
+    variant = np.zeros((len(anchor), 0), np.float32)
+    if not single:
+        variant = np.load(directory.path / VARIANT["variant"], mmap_mode="r")
+    graph = context.config.graph
+    features = {"anchor": anchor, "variant": variant}
+    return OperatorCache(directory.path, features, context.batches.codes, graph, 0.0 if single else graph.theta)
+
+
+def _say_partition(context: Context, signal: float, single: bool, anchors: int, variants: int, cut: float) -> None:
+    if single:
+        context.reporter.warn(
+            f"no batch signal beyond chance ({signal:.4f} of the variance inside clusters, the least that counts is "
+            f"{context.config.genes.min_signal}): single stream, nothing is corrected"
+        )
+    else:
+        context.reporter.say(
+            f"{anchors:,} Anchors and {variants:,} Variants (cut at rho {cut:.2f}); batches explain {signal:.1%} of the "
+            "variance inside clusters beyond chance"
+        )
+
+
+def _cell_table(context: Context) -> pd.DataFrame:
+    """Row number, batch code and the chosen obs columns of every cell."""
+    columns = context.config.data.obs_columns
+    if columns is not None:
+        columns = tuple(dict.fromkeys([context.config.data.batch_key, *columns]))
+    table = context.store.obs(columns).copy()
+    for name in table.columns[table.dtypes == object]:
+        if pd.api.types.infer_dtype(table[name], skipna=True) not in ("string", "boolean"):
+            context.reporter.say(f"obs column {name!r} holds mixed types and is carried along as text")
+            table[name] = table[name].astype(str)
+    table.insert(0, "row", np.arange(len(table)))
+    table.insert(1, "batch_code", context.batches.codes)
+    table.index.name = "cell"
+    return table

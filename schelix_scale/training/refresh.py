@@ -1,0 +1,83 @@
+"""Between phases: the operator is rebuilt from the current Anchor latent, unless it has hardly moved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from schelix_scale.config import TrainConfig
+from schelix_scale.graph.cache import OperatorCache, operator_id
+from schelix_scale.graph.knn import choose_method
+from schelix_scale.graph.operator import blend, jaccard, row_blocks
+from schelix_scale.model.streams import DualStream, Latent
+from schelix_scale.progress import Reporter
+from schelix_scale.training.data import CachedFeatures
+
+JACCARD_CELLS = 2_000
+ENCODE_CELLS = 8_192
+
+
+def encode(model: DualStream, features: CachedFeatures, start: int, stop: int, device: torch.device) -> Latent:
+    """Encode cells start:stop without gradients; latents on the CPU."""
+    cells = features.cells(np.arange(start, stop), device)
+    with torch.no_grad():
+        latent = model(cells.anchor, cells.variant)
+    return Latent(*(part.cpu() for part in latent))
+
+
+def open_features(cache: OperatorCache, name: str) -> CachedFeatures:
+    """Open the cached features of an operator id."""
+    operator, anchor, variant = cache.open(name)
+    return CachedFeatures(name, operator, anchor, variant, cache.batch_n)
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """Rebuilds the cache from a model: a function of (features, model), so that resuming repeats it exactly.
+
+    Attributes
+    ----------
+    cache
+        Where versions are published.
+    config
+        Blend, Jaccard limit, on or off.
+    fingerprint
+        Of the training; part of the new version's id.
+    """
+
+    cache: OperatorCache
+    config: TrainConfig
+    fingerprint: str
+    seed: int
+    threads: int
+    device: torch.device
+    reporter: Reporter
+
+    def __call__(self, features: CachedFeatures, model: DualStream) -> CachedFeatures:
+        """Return the features to train on next: a new version, or ``features`` if the graph would hardly change."""
+        if not self.config.refresh:
+            return features
+        method = choose_method(features.n_cells, self.cache.config)
+        name = operator_id({"parent": features.operator_id, "training": self.fingerprint}, method)
+        if self.cache.has(name):
+            return open_features(self.cache, name)
+        neighbors, audit = self.cache.find(self._anchor_latent(features, model), self.seed, self.threads)
+        fresh = self.cache.operator(neighbors)
+        rng = np.random.default_rng([self.seed, 0x1ACC])
+        sample = rng.choice(features.n_cells, min(JACCARD_CELLS, features.n_cells), replace=False)
+        overlap = jaccard(features.operator, fresh, sample)
+        if overlap > self.config.refresh_jaccard:
+            self.reporter.say(f"graph kept: neighbours of the trained Anchors overlap by {overlap:.2f}")
+            return features
+        self.reporter.say(f"graph refreshed as {name}: neighbours of the trained Anchors overlap by {overlap:.2f}")
+        self.cache.publish(name, blend(features.operator, fresh, self.config.refresh_blend), audit)
+        return open_features(self.cache, name)
+
+    def _anchor_latent(self, features: CachedFeatures, model: DualStream) -> np.ndarray:
+        model.eval()
+        latent = np.empty((features.n_cells, features.anchor_nta.shape[2]), np.float32)
+        for start, stop in row_blocks(features.n_cells, ENCODE_CELLS):
+            latent[start:stop] = encode(model, features, start, stop, self.device).anchor.numpy()
+        return latent
