@@ -96,7 +96,7 @@ class Context:
         return directory.finish(name, fingerprint, artifacts, time.monotonic() - started, details)
 
     def summary(self, directory: RunDirectory) -> dict[str, Any]:
-        """What the manifest says of the run at a glance."""
+        """Return what the manifest says of the run at a glance."""
         genes = directory.record("genes").details
         return {
             "cells": self.store.n_cells,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -54,11 +53,11 @@ def write_embedding(
     with warnings.catch_warnings(), anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         anndata.AnnData(obs=obs, uns={"schelix": dict(uns)}).write_zarr(path)
-    group = zarr.open_group(path, mode="r+")
+    obsm = zarr.open_group(path / "obsm", mode="r+")
     n, _, dims = features.anchor_nta.shape
     arrays = {}
     for key in keys:
-        arrays[key] = group["obsm"].create_array(key, shape=(n, dims), chunks=(ENCODE_CELLS, dims), dtype="float32")
+        arrays[key] = obsm.create_array(key, shape=(n, dims), chunks=(ENCODE_CELLS, dims), dtype="float32")
         arrays[key].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
     model.eval()
     for start, stop in row_blocks(n, ENCODE_CELLS):
@@ -72,4 +71,4 @@ def write_embedding(
         advance(stop - start)
     with warnings.catch_warnings():  # anndata writes consolidated metadata too, and reads faster with it
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-        zarr.consolidate_metadata(group.store)
+        zarr.consolidate_metadata(path)

@@ -21,9 +21,9 @@ VARIANT = {"variant": "features/variant.npy"}
 
 
 def find_genes(context: Context, directory: RunDirectory) -> None:
-    """Sketch -> gene roles, projections and correction: genes.parquet, cells.parquet, streams.npz."""
-    from schelix_scale.features.streams import fit_streams
+    """Write genes.parquet, streams.npz and cells.parquet: gene roles, projections and correction from the sketch."""
     from schelix_scale.features.projection import fit_projection
+    from schelix_scale.features.streams import fit_streams
     from schelix_scale.genes.partition import ANCHOR, VARIANT, partition_genes
     from schelix_scale.genes.sketch import draw_sketch, sketch_size
     from schelix_scale.genes.variable import variable_genes
@@ -101,7 +101,7 @@ def find_genes(context: Context, directory: RunDirectory) -> None:
 
 
 def write_stream_features(context: Context, directory: RunDirectory) -> None:
-    """All cells, once -> features/*.npy."""
+    """Write features/*.npy in one pass over all cells."""
     from schelix_scale.features.onepass import OnePass, write_features
     from schelix_scale.features.streams import Streams
 
@@ -128,7 +128,7 @@ def write_stream_features(context: Context, directory: RunDirectory) -> None:
 
 
 def build_graph(context: Context, directory: RunDirectory) -> None:
-    """Corrected Anchor features -> audited operator and diffused features, cached under the operator's id."""
+    """Write the audited operator of the corrected Anchors and what it diffuses, under the operator's id."""
     from schelix_scale.graph.cache import operator_id
     from schelix_scale.graph.knn import choose_method
 
@@ -150,7 +150,7 @@ def build_graph(context: Context, directory: RunDirectory) -> None:
 
 
 def train_model(context: Context, directory: RunDirectory) -> None:
-    """Cached features -> the trained dual-stream model: checkpoints/, and refreshed operators."""
+    """Train the dual-stream model on the cached features: checkpoints/, and refreshed operators."""
     import torch
 
     from schelix_scale.training.checkpoint import TrainState, save_checkpoint
@@ -181,7 +181,7 @@ def train_model(context: Context, directory: RunDirectory) -> None:
 
 
 def embed_cells(context: Context, directory: RunDirectory) -> None:
-    """Model and cached features -> embedding.zarr with every cell at its row number."""
+    """Write embedding.zarr, every cell at its row number."""
     import torch
 
     from schelix_scale.embedding import output_keys, write_embedding
@@ -242,8 +242,8 @@ def _say_partition(context: Context, signal: float, single: bool, anchors: int, 
         )
     else:
         context.reporter.say(
-            f"{anchors:,} Anchors and {variants:,} Variants (cut at rho {cut:.2f}); batches explain {signal:.1%} of the "
-            "variance inside clusters beyond chance"
+            f"{anchors:,} Anchors and {variants:,} Variants (cut at rho {cut:.2f}); batches explain {signal:.1%} of "
+            "the variance inside clusters beyond chance"
         )
 
 
@@ -253,7 +253,7 @@ def _cell_table(context: Context) -> pd.DataFrame:
     if columns is not None:
         columns = tuple(dict.fromkeys([context.config.data.batch_key, *columns]))
     table = context.store.obs(columns).copy()
-    for name in table.columns[table.dtypes == object]:
+    for name in table.select_dtypes("object").columns:
         if pd.api.types.infer_dtype(table[name], skipna=True) not in ("string", "boolean"):
             context.reporter.say(f"obs column {name!r} holds mixed types and is carried along as text")
             table[name] = table[name].astype(str)

@@ -1,0 +1,1 @@
+"""Cells to stream features: projection, correction, one pass."""

@@ -61,7 +61,8 @@ def write_features(
     DataError
         A block holds values that cannot be integrated.
     """
-    import dask
+    from dask.base import compute
+    from dask.delayed import delayed
 
     size = block_size(job.store, budget, workers)
 
@@ -69,5 +70,5 @@ def write_features(
         stop = min(start + size, job.store.n_cells)
         advance(job.block(start, stop, batch_n[start:stop], targets))
 
-    tasks = [dask.delayed(task, pure=False)(start) for start in range(0, job.store.n_cells, size)]
-    dask.compute(*tasks, scheduler="threads", num_workers=workers)
+    tasks = [delayed(task, pure=False)(start) for start in range(0, job.store.n_cells, size)]
+    compute(*tasks, scheduler="threads", num_workers=workers)

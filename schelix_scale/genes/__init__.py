@@ -1,0 +1,1 @@
+"""Which genes, in which role: sketch, statistics, partition."""

@@ -32,7 +32,7 @@ class Sensitivity:
     @property
     def rho(self) -> np.ndarray:
         """Batch sensitivity beta / (beta + gamma), in [0, 1]; 0 where both vanish."""
-        return self.beta / np.maximum(self.beta + self.gamma, TINY)
+        return np.asarray(self.beta / np.maximum(self.beta + self.gamma, TINY))
 
 
 def batch_sensitivity(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy import sparse
@@ -57,7 +58,7 @@ def draw_sketch(
     batch_names: list[str],
     config: SketchConfig,
     budget: int,
-    values: str,
+    values: Literal["auto", "counts", "linear", "log"],
     seed: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Sketch:
@@ -94,7 +95,7 @@ def draw_sketch(
 def allocate(sizes: np.ndarray, total: int, power: float) -> np.ndarray:
     """Deal ``total`` draws over groups in proportion to size**power, none above its size, none without a draw."""
     if total >= sizes.sum():
-        return sizes.copy()
+        return np.asarray(sizes)
     given = np.minimum(sizes, 1)
     weights = sizes.astype(float) ** power
     open_groups = given < sizes
@@ -106,7 +107,7 @@ def allocate(sizes: np.ndarray, total: int, power: float) -> np.ndarray:
                 step[group] = min(1, sizes[group] - given[group])
         given = given + step
         open_groups = given < sizes
-    return given
+    return np.asarray(given)
 
 
 def _stratified(batch_n: np.ndarray, total: int, rng: np.random.Generator) -> np.ndarray:

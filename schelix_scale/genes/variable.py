@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 from scipy import sparse
 
@@ -40,4 +39,4 @@ def variable_genes(x_ng: sparse.csr_matrix, batch_n: np.ndarray, n_hvg: int, min
     sketch = anndata.AnnData(x_ng[rows][:, expressed], obs=obs)
     key = "batch" if len(voting) > 1 else None
     table = scanpy.pp.highly_variable_genes(sketch, n_top_genes=n_hvg, batch_key=key, flavor="seurat", inplace=False)
-    return expressed[table["highly_variable"].to_numpy()]
+    return np.asarray(expressed[table["highly_variable"].to_numpy()])

@@ -1,0 +1,1 @@
+"""Features to operators: neighbours, diffusion, audit, cache."""

@@ -110,4 +110,4 @@ class OperatorCache:
     def work(self) -> int:
         """Cells that `publish` advances by in all."""
         streams = sum(self.features[stream].shape[1] > 0 for stream in STREAMS)
-        return streams * max(self.config.hops) * len(self.batch_n)
+        return int(streams * max(self.config.hops) * len(self.batch_n))

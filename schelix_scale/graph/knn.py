@@ -33,7 +33,7 @@ def unit_rows(features_nd: np.ndarray) -> np.ndarray:
     """Scale rows to norm 1 (float32 copy); rows of zeros stay zero."""
     features_nd = np.asarray(features_nd, dtype=np.float32)
     norms = np.linalg.norm(features_nd, axis=1, keepdims=True)
-    return features_nd / np.maximum(norms, 1e-12)
+    return np.asarray(features_nd / np.maximum(norms, 1e-12))
 
 
 def choose_method(n_cells: int, config: GraphConfig) -> str:

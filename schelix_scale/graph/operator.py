@@ -95,7 +95,7 @@ def _batch_share(batch_mk: np.ndarray) -> np.ndarray:
 
 
 def blend(old: Operator, new: Operator, weight: float) -> Operator:
-    """Moving average of two operators: the k heaviest of (1 - weight) old + weight new, rows sum to 1."""
+    """Average two operators: the k heaviest of (1 - weight) old + weight new, rows sum to 1."""
     n, k = new.indices_nk.shape
     indices = np.empty_like(new.indices_nk)
     weights = np.empty((n, k), np.float32)

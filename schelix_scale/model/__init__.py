@@ -1,0 +1,1 @@
+"""The dual-stream model and its losses, in pure torch."""

@@ -37,7 +37,8 @@ class Latent(NamedTuple):
 def clip_norm(update_md: Tensor, limit_m1: Tensor) -> Tensor:
     """Scale each row of ``update_md`` down to a norm of at most ``limit_m1`` (m, 1)."""
     norm = update_md.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    return update_md * (limit_m1 / norm).clamp(max=1.0)
+    scale: Tensor = (limit_m1 / norm).clamp(max=1.0)
+    return update_md * scale
 
 
 def _mlp(inputs: int, width: int, outputs: int, last_scale: float) -> nn.Sequential:
@@ -119,7 +120,7 @@ class DualStream(nn.Module):
         return Latent(backbone, z_anchor, z_variant, self.fuse(z_anchor, z_variant))
 
     def fuse(self, z_anchor: Tensor, z_variant: Tensor) -> Tensor:
-        """z = z_A + rho sigmoid(G[z_A, z_V]) * clip(W LN(z_V), |z_A|): |z - z_A| <= rho |z_A| in every cell."""
+        """Z = z_A + rho sigmoid(G[z_A, z_V]) * clip(W LN(z_V), |z_A|): |z - z_A| <= rho |z_A| in every cell."""
         gate = torch.sigmoid(self.gate(torch.cat([z_anchor, z_variant], dim=1)))
         detail = clip_norm(self.variant_map(self.variant_norm(z_variant)), z_anchor.norm(dim=1, keepdim=True))
         return z_anchor + self.bound * gate * detail

@@ -1,0 +1,1 @@
+"""Plan, loop, checkpoints and refresh of a training."""

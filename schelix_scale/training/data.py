@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -70,8 +69,3 @@ def _rms_norm(features_ntd: np.ndarray) -> float:
     for start, stop in row_blocks(len(features_ntd)):
         total += float(np.square(features_ntd[start:stop, -1], dtype=np.float64).sum())
     return float(np.sqrt(total / len(features_ntd))) or 1.0
-
-
-def load_array(path: Path) -> np.ndarray:
-    """Open an .npy file as a read-only memory map."""
-    return np.load(path, mmap_mode="r")

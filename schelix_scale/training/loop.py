@@ -137,7 +137,7 @@ def _run_phase(
             rows = rows_train[plan.rows(state.step)]
             loss = batch_loss(training, model, features, name, rows, [training.seed, state.phase, state.step])
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             if not torch.isfinite(loss):
                 raise TrainingError(
                     f"the loss of phase {name} is {float(loss)} at step {state.step}. The last good checkpoint is in "

@@ -1,0 +1,285 @@
+"""The command line: one verb per public function. Nothing heavy is imported before a verb runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec
+
+import typer
+
+from schelix_scale._version import __version__
+from schelix_scale.errors import SchelixError
+from schelix_scale.progress import QuietReporter, Reporter, RichReporter
+
+CONTINUED = {"integrate", "demo"}
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[str, typer.Argument(help="An .h5ad file or a .zarr directory in anndata layout.", metavar="SOURCE")]
+RunPath = Annotated[str, typer.Argument(help="The directory that [bold]integrate -o[/] named.", metavar="RUN")]
+BatchKey = Annotated[
+    str | None,
+    typer.Option(
+        "--batch-key", "-b", help="obs column that names each cell's batch; 'batch' by default.", metavar="COLUMN"
+    ),
+]
+Layer = Annotated[
+    str | None,
+    typer.Option(help="Where the values are: X (the default), raw, or the name of a layer.", metavar="NAME"),
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of settings.", metavar="FILE")]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="A single setting; wins over the file. May be repeated.", metavar="KEY=VALUE"),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="schelix")
+
+
+def _reported(verb: Callable[P, None]) -> Callable[P, None]:
+    """Show an error of ours as one message and not as a traceback, unless --debug; exit 1, or 130 when interrupted."""
+
+    @wraps(verb)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        context: Any = kwargs["context"]
+        try:
+            verb(*args, **kwargs)
+        except SchelixError as error:
+            if context.find_root().params.get("debug"):
+                raise
+            _complain("error", str(error), "bold red")
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as interrupt:
+            kept = context.command.name in CONTINUED
+            hint = (
+                "Run the same command again to continue: finished stages are kept." if kept else "Nothing was changed."
+            )
+            _complain("interrupted", hint, "yellow")
+            raise typer.Exit(130) from interrupt
+
+    # typer keeps the line breaks of a docstring; paragraphs of one line are wrapped to the terminal
+    run.__doc__ = "\n\n".join(" ".join(part.split()) for part in (verb.__doc__ or "").split("\n\n"))
+    return run
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"schelix {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Try it on 700 cells that are installed already:  [bold]schelix demo[/]")
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="SCHELIX_DEBUG", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    """Integrate batches of single cells into one embedding, out of core.
+
+    A run is a directory: a command that was stopped goes on where it was when it is given again.
+    """
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "  schelix integrate atlas.h5ad --batch-key donor -o atlas-run\n\n"
+    "  schelix integrate atlas.zarr -b sample -o run --layer counts --protect condition\n\n"
+    "  schelix integrate atlas.h5ad -o run --config atlas.toml --set genes.n_hvg=3000 --set graph.k=50\n\n"
+    "Then, in Python:  anndata.read_zarr('atlas-run/embedding.zarr').obsm\\['X_schelix']"
+)
+@_reported
+def integrate(
+    context: typer.Context,
+    source: Source,
+    out: Annotated[str, typer.Option("--out", "-o", help="The run directory, made or continued.", metavar="RUN")],
+    batch_key: BatchKey = None,
+    layer: Layer = None,
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(help="obs column whose effect is not batch (condition, time). May be repeated.", metavar="COLUMN"),
+    ] = None,
+    config: ConfigFile = None,
+    setting: Setting = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Such as 4GB; half of the memory by default.", metavar="SIZE")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same threads: same embedding. 0 by default.")] = None,
+    threads: Annotated[int | None, typer.Option(help="All cores by default.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps.", metavar="NAME")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of other settings in RUN.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Integrate the batches of SOURCE into one embedding of all its cells.
+
+    The embedding is written to RUN/embedding.zarr, SOURCE is only read. When RUN is there already, finished stages
+    are skipped; other settings than before are refused, unless --overwrite.
+
+    Options win over --set, and both over the file of --config.
+    """
+    from schelix_scale.config_io import load_config
+    from schelix_scale.output import print_run
+    from schelix_scale.pipeline import integrate as integrate_cells
+
+    given: dict[str, Any] = {
+        "data.layer": layer,
+        "data.protect": protect or None,
+        "max_memory": max_memory,
+        "seed": seed,
+        "threads": threads,
+        "device": device,
+    }
+    reporter = _reporter(quiet)
+    run = integrate_cells(
+        source,
+        batch_key=batch_key,
+        out=out,
+        config=load_config(config, setting or ()),
+        overwrite=overwrite,
+        reporter=reporter,
+        **{key: value for key, value in given.items() if value is not None},
+    )
+    _repeat_warnings(reporter)
+    if not quiet:
+        print_run(run, out)
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "  schelix inspect atlas.h5ad\n\n"
+    "  schelix inspect atlas.h5ad --batch-key donor --json > atlas.json"
+)
+@_reported
+def inspect(
+    context: typer.Context,
+    source: Source,
+    batch_key: BatchKey = None,
+    layer: Layer = None,
+    config: ConfigFile = None,
+    setting: Setting = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")] = False,
+) -> None:
+    """Look at SOURCE before it is integrated: cells, genes, batches, values, and what it will need.
+
+    Reads names, batches and a sample of cells. Problems that would stop an integration are listed with their
+    remedies, and the exit code is 1 if there are any.
+    """
+    from schelix_scale.config_io import load_config
+    from schelix_scale.inspection import inspect_source
+    from schelix_scale.output import print_inspection, print_json
+
+    settings = load_config(config, [*(setting or ()), *([f"data.layer={layer}"] if layer is not None else ())])
+    found = inspect_source(source, batch_key, settings)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_inspection(found)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="[bold]Example[/]\n\n  schelix verify atlas-run")
+@_reported
+def verify(context: typer.Context, run: RunPath) -> None:
+    """Recompute the checksum of everything in RUN.
+
+    Problems are listed, each with its remedy, and the exit code is 1 if there are any.
+    """
+    from schelix_scale.run import RunDirectory
+
+    directory = RunDirectory.open(run)
+    problems = directory.verify()
+    for problem in problems:
+        _complain("problem", problem, "yellow")
+    if problems:
+        raise typer.Exit(1)
+    artifacts = sum(len(record.artifacts) for record in directory.records())
+    typer.echo(f"{run} is complete: {artifacts} artifacts are as they were written.")
+
+
+@app.command(
+    epilog="[bold]Examples[/]\n\n"
+    "  schelix export atlas-run atlas-integrated.h5ad\n\n"
+    "Then, in Python:  adata = anndata.read_h5ad('atlas-integrated.h5ad'); adata.obsm\\['X_schelix']"
+)
+@_reported
+def export(
+    context: typer.Context,
+    run: RunPath,
+    file: Annotated[
+        str, typer.Argument(help="The copy to write: .h5ad if the source was one, .zarr if not.", metavar="FILE")
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a copy of the source file of RUN with the embedding in it, as obsm 'X_schelix'.
+
+    The source must be where it was, and unchanged; it is only read.
+    """
+    from schelix_scale.export import KEY, export_run
+
+    written = export_run(run, file, overwrite, _reporter(quiet))
+    if not quiet:
+        typer.echo(f"wrote {written} with obsm[{KEY!r}]")
+
+
+@app.command(epilog="[bold]Example[/]\n\n  schelix demo -o demo-run")
+@_reported
+def demo(
+    context: typer.Context,
+    out: Annotated[
+        str, typer.Option("--out", "-o", help="A directory, made or continued.", metavar="DIR")
+    ] = "demo-run",
+    quiet: Quiet = False,
+) -> None:
+    """Integrate 700 blood cells of 8 GEM wells that come with scanpy, and compare before and after.
+
+    Takes a minute or two. Writes the cells, the run, scores and a picture to DIR.
+    """
+    from schelix_scale.demo import run_demo
+    from schelix_scale.output import print_demo
+
+    reporter = _reporter(quiet)
+    result = run_demo(out, reporter)
+    _repeat_warnings(reporter)
+    if not quiet:
+        print_demo(result)
+
+
+def _reporter(quiet: bool) -> Reporter:
+    return QuietReporter() if quiet else RichReporter()
+
+
+def _repeat_warnings(reporter: Reporter) -> None:
+    """Show the warnings that a quiet reporter has kept."""
+    if isinstance(reporter, QuietReporter):
+        for message in reporter.messages:
+            kind, _, text = message.partition(": ")
+            if kind == "warning":
+                _complain(kind, text, "yellow")
+
+
+def _complain(kind: str, message: str, style: str) -> None:
+    """Write ``kind: message`` to standard error, coloured on a terminal; lines are never cut."""
+    from rich.console import Console
+
+    text = f"{kind}: {message}"
+    Console(stderr=True, soft_wrap=True).print(text, style=style, markup=False, highlight=False)

@@ -1,0 +1,217 @@
+"""A source of cells -> what `integrate` would find in it, what would stop it, and what it would cost.
+
+Only names, batches and a small sample of cells are read. Problems of the content are collected, not raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse
+
+from schelix_scale.config import Config, memory_budget
+from schelix_scale.errors import DataError
+from schelix_scale.features.onepass import BYTES_PER_VALUE as PASS_BYTES_PER_VALUE
+from schelix_scale.features.onepass import block_size
+from schelix_scale.genes.sketch import BYTES_PER_VALUE as SKETCH_BYTES_PER_VALUE
+from schelix_scale.genes.sketch import allocate, sketch_size
+from schelix_scale.provenance import available_cores
+from schelix_scale.publish import size_of
+from schelix_scale.stores import CellStore, open_store
+from schelix_scale.stores.batches import likely_batch_columns, read_batches
+from schelix_scale.stores.checks import check_block, check_names
+from schelix_scale.stores.values import ValueDecision, decide_values
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+SAMPLE_CELLS = 2_000
+MANY_BATCHES = 1_000
+
+# The cost model. Memory in bytes: libraries, then the largest of what the sketch, the pass and the graph hold.
+BASE_BYTES = 700e6
+BYTES_PER_CELL = 300  # names, obs, batch codes
+SKETCH_BYTES_PER_CELL = 4_000  # components, Harmony's soft clusters
+GRAPH_BYTES_PER_NEIGHBOR = 48  # indices, distances and weights while the operator is made
+SKETCH_SHARE, PASS_SHARE = 0.4, 0.25  # of the memory budget, as in the stages
+# Time in seconds, of one core unless said otherwise.
+BASE_SECONDS = 12.0  # imports, compilation, small steps
+SECONDS_PER_VALUE = 4e-8  # read, check, normalise and project a stored value; shared by the cores
+SECONDS_PER_SKETCH_CELL = 4e-4  # a round of PCA, Harmony, k-means and partition
+SECONDS_PER_PAIR = 4e-10  # exact search; shared by the cores
+COMPILATION_SECONDS = 25.0  # of pynndescent
+SECONDS_PER_NEIGHBOR = 8e-6  # pynndescent; shared by the cores
+SECONDS_PER_STEP = 3e-2  # a training step of 1,024 cells on a CPU
+SECONDS_PER_EMBEDDED_CELL = 3e-5  # diffuse and embed
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found in a source.
+
+    Attributes
+    ----------
+    source, layer, layers
+        Where the cells are, the layer that was looked at, and those that are there.
+    n_cells, n_genes, nonzeros_per_cell
+        Shape, and the mean number of stored values a cell.
+    stored_bytes
+        Size of the file or directory; None for cells in memory.
+    batch_key, batch_sizes
+        The obs column of the batches and the cells of each; None and empty if there is no such column.
+    likely_batch_columns
+        The obs columns that could name batches, the likeliest first, if ``batch_key`` is not there.
+    value_kind, value_reason
+        ``counts``, ``linear`` or ``log`` and why, decided on a sample; None and empty if it could not be.
+    problems
+        What would stop `integrate`, each with its remedy.
+    memory_bytes, seconds
+        Estimated peak memory and time of `integrate` on this machine, without a GPU.
+    """
+
+    source: str
+    layer: str
+    layers: tuple[str, ...]
+    n_cells: int
+    n_genes: int
+    nonzeros_per_cell: float
+    stored_bytes: int | None
+    batch_key: str | None
+    batch_sizes: dict[str, int]
+    likely_batch_columns: tuple[str, ...]
+    value_kind: str | None
+    value_reason: str
+    problems: tuple[str, ...]
+    memory_bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as JSON can hold it."""
+        return asdict(self)
+
+
+def inspect_source(
+    source: str | Path | AnnData | CellStore, batch_key: str | None = None, config: Config | None = None
+) -> Inspection:
+    """Look at a source of cells before it is integrated.
+
+    Parameters
+    ----------
+    source
+        Whatever `open_store` opens.
+    batch_key
+        The obs column of the batches. Without it, that of ``config``, if it is there.
+    config
+        Settings of the integration; the defaults without it.
+
+    Raises
+    ------
+    StoreError
+        The source cannot be opened at all, or not in the layer ``data.layer``.
+    """
+    config = config or Config()
+    store = open_store(source, config.data.layer)
+    problems: list[str] = []
+    key = _batch_key(store, batch_key, config, problems)
+    sizes = {} if key is None else _batch_sizes(store, key)
+    _try(lambda: check_names(store), problems)
+    decision = _values(store, key, config, problems) if store.n_cells and len(store.gene_names) else None
+    _try(lambda: store.obs(config.data.protect), problems)
+    if 0 < store.n_cells <= config.graph.k:
+        remedy = f"Lower it: --set graph.k={max(store.n_cells // 2, 2)}."
+        problems.append(f"{store.source} has {store.n_cells} cells, too few for graph.k = {config.graph.k}. {remedy}")
+    memory, seconds = estimate_costs(store, config)
+    path = Path(store.source).expanduser()
+    return Inspection(
+        source=store.source,
+        layer=store.layer,
+        layers=tuple(store.available_layers),
+        n_cells=store.n_cells,
+        n_genes=len(store.gene_names),
+        nonzeros_per_cell=store.nonzeros_per_cell,
+        stored_bytes=size_of(path)[0] if path.exists() else None,
+        batch_key=key,
+        batch_sizes=sizes,
+        likely_batch_columns=() if key else tuple(likely_batch_columns(store, batch_key or config.data.batch_key)),
+        value_kind=decision.kind if decision else None,
+        value_reason=decision.reason if decision else "",
+        problems=tuple(problems),
+        memory_bytes=memory,
+        seconds=seconds,
+    )
+
+
+def estimate_costs(store: CellStore, config: Config) -> tuple[int, float]:
+    """Return the peak memory in bytes and the seconds that `integrate` takes here on the CPU, by the model above."""
+    n, per_cell = store.n_cells, max(store.nonzeros_per_cell, 1.0)
+    cores, budget, graph = config.threads or available_cores(), memory_budget(config), config.graph
+    sketch = sketch_size(store, config.sketch, int(SKETCH_SHARE * budget))
+    block = min(block_size(store, int(PASS_SHARE * budget), cores), n)
+    memory = BASE_BYTES + n * BYTES_PER_CELL
+    memory += max(
+        sketch * (per_cell * SKETCH_BYTES_PER_VALUE + SKETCH_BYTES_PER_CELL),
+        min(cores * block, n) * per_cell * PASS_BYTES_PER_VALUE,
+        n * graph.k * GRAPH_BYTES_PER_NEIGHBOR,
+    )
+    exact = graph.method == "exact" or (graph.method == "auto" and n < graph.exact_below)
+    search = n**2 * SECONDS_PER_PAIR if exact else n * graph.k * SECONDS_PER_NEIGHBOR
+    train = config.train
+    epoch = -(-n // train.batch_size)
+    steps = sum(min(phase, train.max_epochs * epoch) for phase in (train.align_steps, train.refine_steps))
+    seconds = BASE_SECONDS + (sketch + n) * per_cell * SECONDS_PER_VALUE / cores
+    seconds += sketch * SECONDS_PER_SKETCH_CELL * config.genes.iterations
+    seconds += search / cores + (0 if exact else COMPILATION_SECONDS)
+    seconds += steps * SECONDS_PER_STEP * train.batch_size / 1024 * train.enabled + n * SECONDS_PER_EMBEDDED_CELL
+    return int(memory), float(seconds)
+
+
+def _batch_key(store: CellStore, asked: str | None, config: Config, problems: list[str]) -> str | None:
+    """Return the batch key that is there; its absence is a problem only if somebody asked for it."""
+    key = asked or config.data.batch_key
+    there = key in store.obs_columns
+    if there or asked or "batch_key" in config.data.model_fields_set:
+        _try(lambda: read_batches(store, key), problems)
+    return key if there else None
+
+
+def _batch_sizes(store: CellStore, key: str) -> dict[str, int]:
+    """Return the cells of each batch; nothing for a column that is no batch key."""
+    counts = store.obs([key])[key].astype(object).value_counts(dropna=False)
+    return {str(name): int(count) for name, count in counts.items()} if len(counts) <= MANY_BATCHES else {}
+
+
+def _values(store: CellStore, key: str | None, config: Config, problems: list[str]) -> ValueDecision | None:
+    """Check a sample of cells of all batches and decide what their values are."""
+    codes, names = np.zeros(store.n_cells, np.int32), ["all"]
+    batches = None if key is None else _try(lambda: read_batches(store, key), [])
+    if batches is not None:
+        codes, names = batches.codes, batches.names
+    rng = np.random.default_rng(config.seed)
+    quotas = allocate(np.bincount(codes, minlength=len(names)), min(SAMPLE_CELLS, store.n_cells), 0.5)
+    rows = np.sort(
+        np.concatenate(
+            [rng.choice(np.flatnonzero(codes == code), quota, replace=False) for code, quota in enumerate(quotas)]
+        )
+    )
+    x_ng = store.read(rows)
+    _try(lambda: check_block(x_ng, rows, store), problems)
+    if not _usable(x_ng):
+        return None
+    return _try(lambda: decide_values(x_ng, codes[rows], names, config.data.values), problems)
+
+
+def _usable(x_ng: sparse.csr_matrix) -> bool:
+    return bool(np.isfinite(x_ng.data).all() and (x_ng.data >= 0).all())
+
+
+def _try(check: Callable[[], Any], problems: list[str]) -> Any:
+    """Return what a check returns, None if it raised a DataError, whose message becomes a problem."""
+    try:
+        return check()
+    except DataError as error:
+        problems.append(str(error))
+        return None

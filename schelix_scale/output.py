@@ -1,0 +1,130 @@
+"""What the verbs print: runs, inspections and demos come in, lines on standard output go out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from schelix_scale.progress import duration
+from schelix_scale.provenance import available_cores
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from schelix_scale.demo import DemoResult
+    from schelix_scale.inspection import Inspection
+    from schelix_scale.run import Run
+
+SHOWN_BATCHES = 10
+
+
+def print_run(run: Run, out: str) -> None:
+    """Print where the embedding is, what was found, how long it took, and what to do next."""
+    summary, console = run.manifest["summary"], _console()
+    embedding = Path(out) / "embedding.zarr"
+    source = Path(run.manifest["source"]["uri"])
+    suffix = ".zarr" if source.is_dir() else ".h5ad"
+    shape = f"{summary['cells']:,} cells x {summary['dims']}"
+    _line(console, "embedding", f"{embedding}, obsm['X_schelix']: {shape}")
+    _line(console, "cells", f"{summary['cells']:,} in {summary['batches']:,} batches")
+    _line(console, "genes", _roles(summary))
+    _line(console, "values", summary["values_reason"])
+    _line(console, "time", _times(run))
+    _line(console, "next", f"anndata.read_zarr({str(embedding)!r})  in Python")
+    _line(console, "", f"schelix export {out} {source.stem}-integrated{suffix}  a copy of your file with the embedding")
+
+
+def print_inspection(found: Inspection) -> None:
+    """Print what was found, and the problems last."""
+    console = _console()
+    stored = "in memory" if found.stored_bytes is None else f"{_bytes(found.stored_bytes)} on disk"
+    layers = ", ".join(found.layers)
+    _line(console, "source", f"{found.source}, {stored}; layer {found.layer} of {layers}")
+    _line(console, "cells", f"{found.n_cells:,}")
+    _line(console, "genes", f"{found.n_genes:,}, of which {found.nonzeros_per_cell:,.0f} values a cell are stored")
+    _line(console, "batches", _batches(found))
+    _line(console, "values", found.value_reason or "could not be decided, see below")
+    _line(
+        console,
+        "needs",
+        f"about {_bytes(found.memory_bytes)} of memory and {duration(found.seconds)} here "
+        f"({available_cores()} cores, no GPU)",
+    )
+    for problem in found.problems:
+        console.print(f"problem: {problem}", style="yellow", markup=False, highlight=False)
+
+
+def print_demo(result: DemoResult) -> None:
+    """Print the run, the stages' times, and the scores before and after."""
+    from rich.table import Table
+
+    console = _console()
+    print_run(result.run, str(result.run.path))
+    _line(console, "picture", str(result.picture))
+    times = Table("stage", "seconds", title="Time", title_justify="left")
+    for stage, seconds in result.seconds.items():
+        times.add_row(stage, f"{seconds:.1f}")
+    times.columns[1].justify = "right"
+    scores = Table("score (0 to 1, higher is better)", "before", "after", title="Scores", title_justify="left")
+    for name, before in result.before.items():
+        scores.add_row(name, f"{before:.3f}", f"{result.after[name]:.3f}")
+    for table in (times, scores):
+        console.print()
+        console.print(table)
+    if result.single_stream:
+        console.print(
+            "The wells of these cells do not differ beyond chance, so nothing was corrected (single stream): the "
+            "embedding keeps the cell types, and batches are as mixed as they were.",
+            soft_wrap=True,
+        )
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """Print indented JSON."""
+    sys.stdout.write(json.dumps(content, indent=2) + "\n")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _line(console: Console, label: str, text: str) -> None:
+    """Print a label and its text on one line, however long, so that paths and commands can be copied."""
+    from rich.text import Text
+
+    console.print(Text.assemble((f"{label:<11}", "bold"), text), soft_wrap=True)
+
+
+def _roles(summary: Mapping[str, Any]) -> str:
+    if summary["single_stream"]:
+        return f"{summary['genes']:,}; single stream, since batches do not differ beyond chance: nothing was corrected"
+    return f"{summary['genes']:,}: {summary['anchors']:,} Anchors, {summary['variants']:,} Variants"
+
+
+def _times(run: Run) -> str:
+    stages = {name: record["seconds"] for name, record in run.manifest["stages"].items()}
+    return f"{duration(sum(stages.values()))}: {', '.join(f'{name} {duration(s)}' for name, s in stages.items())}"
+
+
+def _batches(found: Inspection) -> str:
+    if found.batch_key is None:
+        likely = ", ".join(found.likely_batch_columns) or "none"
+        return f"no batch key; columns that could name batches: {likely} (--batch-key COLUMN)"
+    largest = sorted(found.batch_sizes.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{name} ({size:,})" for name, size in largest[:SHOWN_BATCHES])
+    more = f", {len(largest) - SHOWN_BATCHES:,} more down to {largest[-1][1]:,}" if len(largest) > SHOWN_BATCHES else ""
+    return f"{len(largest):,} of {found.batch_key!r}: {shown}{more}"
+
+
+def _bytes(count: float) -> str:
+    """Return bytes as people say them: 512 B, 20.1 MB, 1.2 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.3g} TB"

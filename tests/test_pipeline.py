@@ -1,0 +1,292 @@
+"""The whole run: real files, real stages; killed, damaged, repeated and misused."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+import schelix_scale
+from schelix_scale import stages
+from schelix_scale.errors import ConfigError, DataError, RunError, StoreError
+from schelix_scale.pipeline import integrate
+from schelix_scale.progress import QuietReporter
+from schelix_scale.run import RunDirectory
+
+from .synthetic import make_cells
+
+SMALL = {
+    "genes.n_hvg": 150,
+    "genes.min_batch_cells": 20,
+    "features.anchor_dims": 10,
+    "features.variant_dims": 10,
+    "graph.k": 12,
+    "train.width": 16,
+    "train.batch_size": 128,
+    "train.align_steps": 20,
+    "train.refine_steps": 20,
+    "train.evaluate_every": 10,
+    "threads": 1,
+}
+STAGE_NAMES = ["genes", "features", "graph", "train", "embed"]
+
+
+def make_adata(**kwargs: object) -> anndata.AnnData:
+    cells = make_cells(n_types=4, n_batches=3, per_group=30, n_genes=150, **kwargs)  # type: ignore[arg-type]
+    obs = pd.DataFrame(
+        {
+            "batch": pd.Categorical([f"donor{b}" for b in cells.batch_n]),
+            "cell_type": pd.Categorical([f"type{t}" for t in cells.type_n]),
+            "condition": cells.condition_n.astype(str),
+        },
+        index=[f"cell{i}" for i in range(len(cells.batch_n))],
+    )
+    var = pd.DataFrame(index=[f"gene{i}" for i in range(cells.counts_ng.shape[1])])
+    return anndata.AnnData(sparse.csr_matrix(cells.counts_ng.astype(np.float32)), obs=obs, var=var)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "cells.h5ad"
+    make_adata().write_h5ad(path)
+    return path
+
+
+def run(source: object, out: Path, **settings: object) -> schelix_scale.Run:
+    reporter = QuietReporter()
+    return integrate(source, batch_key="batch", out=out, reporter=reporter, **{**SMALL, **settings})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> schelix_scale.Run:
+    return run(source, tmp_path_factory.mktemp("finished") / "run")
+
+
+def within_and_between(embedding: np.ndarray, codes: np.ndarray) -> float:
+    """Share of the variance of an embedding that lies between groups of cells."""
+    total = ((embedding - embedding.mean(axis=0)) ** 2).sum()
+    within = sum(((embedding[codes == c] - embedding[codes == c].mean(axis=0)) ** 2).sum() for c in np.unique(codes))
+    return float(1 - within / total)
+
+
+def test_embedding_keeps_types_and_drops_batches(finished: schelix_scale.Run, source: Path) -> None:
+    from sklearn.decomposition import PCA
+
+    adata = anndata.read_h5ad(source)
+    before = PCA(10, random_state=0).fit_transform(np.log1p(adata.X.toarray() / adata.X.sum(axis=1).A1[:, None] * 1e4))
+    types, batches = adata.obs["cell_type"].cat.codes.to_numpy(), adata.obs["batch"].cat.codes.to_numpy()
+    assert within_and_between(before, batches) > 0.1, "the data must have a batch effect for this test to mean anything"
+    assert within_and_between(finished.embedding, batches) < 0.1 * within_and_between(before, batches)
+    assert within_and_between(finished.embedding, types) > 0.8
+
+
+def test_what_a_run_holds(finished: schelix_scale.Run, source: Path) -> None:
+    adata = anndata.read_h5ad(source)
+    result = finished.to_anndata()
+    pd.testing.assert_index_equal(result.obs_names, adata.obs_names, check_names=False)
+    assert result.obs["cell_type"].tolist() == adata.obs["cell_type"].tolist()
+    np.testing.assert_array_equal(result.obsm["X_schelix"], finished.embedding)
+    assert finished.embedding.dtype == np.float32
+    assert result.uns["schelix"]["source"] == str(source)
+    assert list(finished.genes.columns) == ["mean", "var", "beta", "gamma", "rho", "role"]
+    dense = adata.X.toarray() / adata.X.toarray().sum(axis=1, keepdims=True) * 1e4
+    np.testing.assert_allclose(finished.genes["mean"], np.log1p(dense).mean(axis=0), rtol=1e-5)
+    assert finished.cells["row"].tolist() == list(range(adata.n_obs))
+    assert finished.verify() == []
+    summary = finished.manifest["summary"]
+    assert (summary["cells"], summary["genes"], summary["batches"], summary["values"]) == (360, 150, 3, "counts")
+
+
+def test_a_finished_run_is_returned_untouched(finished: schelix_scale.Run, source: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.path.rglob("*") if path.is_file()}
+    reporter = QuietReporter()
+    again = integrate(source, batch_key="batch", out=finished.path, reporter=reporter, **SMALL)
+    assert reporter.messages == [f"{name}: done before, skipped" for name in STAGE_NAMES]
+    after = {path: path.stat().st_mtime_ns for path in finished.path.rglob("*") if path.is_file()}
+    changed = {path.name for path in after if after[path] != before.get(path)}
+    assert changed <= {"run.json", ".lock"}
+    np.testing.assert_array_equal(again.embedding, finished.embedding)
+
+
+def test_same_seed_same_embedding_other_seed_another(
+    finished: schelix_scale.Run, source: Path, tmp_path: Path
+) -> None:
+    np.testing.assert_array_equal(run(source, tmp_path / "same").embedding, finished.embedding)
+    assert not np.array_equal(run(source, tmp_path / "other", seed=1).embedding, finished.embedding)
+
+
+def test_an_anndata_in_memory_and_zarr_give_the_same(
+    finished: schelix_scale.Run, source: Path, tmp_path: Path
+) -> None:
+    adata = anndata.read_h5ad(source)
+    np.testing.assert_array_equal(run(adata, tmp_path / "memory").embedding, finished.embedding)
+    with anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
+        adata.write_zarr(tmp_path / "cells.zarr")
+    np.testing.assert_array_equal(run(tmp_path / "cells.zarr", tmp_path / "zarr").embedding, finished.embedding)
+
+
+def _killed_after(source: Path, out: Path, stage: int) -> None:
+    """Run in a child that kills itself right after a stage was recorded."""
+    done = stages.STAGES[stage]
+
+    def stage_then_die(context: object, directory: RunDirectory) -> None:
+        done(context, directory)  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    import schelix_scale.pipeline as pipeline
+
+    pipeline.STAGES = (*stages.STAGES[:stage], stage_then_die, *stages.STAGES[stage + 1 :])
+    run(source, out)
+
+
+@pytest.mark.parametrize("stage", range(5), ids=STAGE_NAMES)
+def test_killed_after_a_stage_the_next_call_finishes_with_the_same_embedding(
+    finished: schelix_scale.Run, source: Path, tmp_path: Path, stage: int
+) -> None:
+    out = tmp_path / "run"
+    child = multiprocessing.get_context("spawn").Process(target=_killed_after, args=(source, out, stage))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    assert not (out / "manifest.json").exists()
+    with pytest.raises(RunError, match="not finished"):
+        schelix_scale.Run.open(out)
+    reporter = QuietReporter()
+    resumed = integrate(source, batch_key="batch", out=out, reporter=reporter, **SMALL)
+    skipped = [message for message in reporter.messages if message.endswith("done before, skipped")]
+    assert skipped == [f"{name}: done before, skipped" for name in STAGE_NAMES[: stage + 1]]
+    np.testing.assert_array_equal(resumed.embedding, finished.embedding)
+    assert resumed.verify() == []
+
+
+@pytest.mark.parametrize(
+    "damaged", ["features/anchor.npy", "features/variant.npy", "genes.parquet", "embedding.zarr/zarr.json"]
+)
+def test_a_truncated_artifact_is_rebuilt(
+    finished: schelix_scale.Run, source: Path, tmp_path: Path, damaged: str
+) -> None:
+    out = tmp_path / "run"
+    run(source, out)
+    path = out / damaged
+    path.write_bytes(path.read_bytes()[:-20])
+    assert any(damaged.split("/")[0] in problem for problem in schelix_scale.Run.open(out).verify())
+    assert run(source, out).verify() == []
+    np.testing.assert_array_equal(schelix_scale.Run.open(out).embedding, finished.embedding)
+
+
+def test_no_batch_signal_is_said_and_nothing_is_corrected(tmp_path: Path) -> None:
+    reporter = QuietReporter()
+    adata = make_adata(batch_strength=0.0)
+    result = integrate(adata, batch_key="batch", out=tmp_path / "run", reporter=reporter, **SMALL)
+    assert any("no batch signal" in message for message in reporter.messages)
+    assert result.manifest["summary"]["single_stream"] is True
+    assert set(result.genes["role"]) <= {"anchor", "unused"}
+    features = result.path / "features"
+    np.testing.assert_array_equal(np.load(features / "anchor.npy"), np.load(features / "anchor_corrected.npy"))
+
+
+def test_streams_and_backbone_are_written_when_asked(source: Path, tmp_path: Path) -> None:
+    obsm = run(source, tmp_path / "run", **{"embed.streams": True}).to_anndata().obsm
+    backbone = obsm["X_schelix_backbone"]
+    bound = 0.1 + 0.2 * 1.1  # anchor_residual, and gate times the largest norm of z_A
+    moved = np.linalg.norm(obsm["X_schelix"] - backbone, axis=1) / np.linalg.norm(backbone, axis=1)
+    assert moved.max() <= bound + 1e-5
+    assert moved.max() > 0
+    assert obsm["X_schelix_variant"].shape == backbone.shape
+
+
+def test_backbone_only(source: Path, tmp_path: Path) -> None:
+    obsm = run(source, tmp_path / "run", **{"train.enabled": False, "embed.streams": True}).to_anndata().obsm
+    np.testing.assert_array_equal(obsm["X_schelix"], obsm["X_schelix_backbone"])
+
+
+def test_log_values_are_detected_and_give_nearly_the_same(
+    finished: schelix_scale.Run, source: Path, tmp_path: Path
+) -> None:
+    adata = anndata.read_h5ad(source)
+    counts = adata.X.toarray().astype(np.float64)
+    adata.X = sparse.csr_matrix(np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4).astype(np.float32))
+    reporter = QuietReporter()
+    log = integrate(adata, batch_key="batch", out=tmp_path / "run", reporter=reporter, **SMALL)
+    assert any("values are log" in message for message in reporter.messages)
+    np.testing.assert_allclose(log.genes["mean"], finished.genes["mean"], rtol=1e-4)
+
+
+def bad(change: str) -> anndata.AnnData:
+    adata = make_adata()
+    if change == "one batch":
+        adata.obs["batch"] = "same"
+    elif change == "lone cell":
+        adata.obs["batch"] = ["alone", *adata.obs["batch"].astype(str)[1:]]
+    elif change == "missing batch":
+        adata.obs["batch"] = [np.nan, *adata.obs["batch"].astype(str)[1:]]
+    elif change in ("nan", "inf", "negative"):
+        adata.X.data[7] = {"nan": np.nan, "inf": np.inf, "negative": -1.0}[change]
+    elif change == "empty cell":
+        adata.X = sparse.csr_matrix(adata.X.toarray() * (np.arange(adata.n_obs) != 3)[:, None])
+    elif change == "duplicate genes":
+        adata.var_names = ["gene0", *adata.var_names[:-1]]
+    elif change == "duplicate cells":
+        adata.obs_names = ["cell0", *adata.obs_names[:-1]]
+    return adata
+
+
+@pytest.mark.filterwarnings("ignore:Observation names are not unique", "ignore:Variable names are not unique")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("one batch", "one batch"),
+        ("lone cell", "alone"),
+        ("missing batch", "batch"),
+        ("nan", "NaN"),
+        ("inf", "infinite|inf"),
+        ("negative", "negative"),
+        ("empty cell", "zero"),
+        ("duplicate genes", "gene0"),
+        ("duplicate cells", "cell0"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_no_run_that_looks_finished(tmp_path: Path, change: str, message: str) -> None:
+    path = tmp_path / "bad.h5ad"
+    bad(change).write_h5ad(path)
+    with pytest.raises(DataError, match=message) as caught:
+        run(path, tmp_path / "run")
+    assert "bad.h5ad" in str(caught.value)
+    with pytest.raises(RunError):
+        schelix_scale.Run.open(tmp_path / "run")
+
+
+def test_a_missing_batch_key_lists_the_likely_columns(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="donor_id.*batch"):
+        integrate(source, batch_key="donor_id", out=tmp_path / "run", reporter=QuietReporter())
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_configuration_in_the_directory_is_refused(finished: schelix_scale.Run, source: Path) -> None:
+    with pytest.raises(RunError, match=r"graph.k: 12 -> 9"):
+        run(source, finished.path, **{"graph.k": 9})
+    assert schelix_scale.Run.open(finished.path).verify() == []
+
+
+def test_unknown_and_contradicting_settings(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"graph\.kk"):
+        run(source, tmp_path / "run", graph__kk=3)
+    with pytest.raises(ConfigError, match="Give one"):
+        run(source, tmp_path / "run", data__batch_key="condition")
+    with pytest.raises(StoreError, match="nowhere.h5ad"):
+        run(tmp_path / "nowhere.h5ad", tmp_path / "run")
+
+
+def test_settings_from_a_config_object_and_keywords_are_merged() -> None:
+    from schelix_scale.pipeline import merge_settings
+
+    config = schelix_scale.Config(seed=3, graph={"k": 11})  # type: ignore[arg-type]
+    merged = merge_settings(config, "donor", {"graph__theta": 0.5, "seed": 4})
+    assert (merged.seed, merged.graph.k, merged.graph.theta, merged.data.batch_key) == (4, 11, 0.5, "donor")
