@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +18,19 @@ from schelix_scale.publish import publish, write_json
 from schelix_scale.run import Run
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
 
 BATCH, LABEL = "gem_well", "bulk_labels"
 # The same as configs/demo.toml, which is not installed with the package.
 SETTINGS: dict[str, Any] = {
     "data.batch_key": BATCH,
-    "genes.min_batch_cells": 50,
     "graph.k": 15,
 }
 COMPONENTS = 30
 NEIGHBORS = 15
+VIEWS = {"before": "X_pca", "after": "X_schelix"}
+TITLES = {"before": "before: principal components", "after": "after: scHelix-Scale"}
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class DemoResult:
         What each stage of the run took when it was done.
     before, after
         Scores of the principal components and of the embedding by name, all 0 to 1 and better when higher.
+    mixing_at_random
+        Batch mixing of the embedding if the wells are dealt to its cells at random: as good as it gets.
     single_stream
         Whether no batch signal was found, so that nothing was corrected.
     """
@@ -55,6 +57,7 @@ class DemoResult:
     seconds: dict[str, float]
     before: dict[str, float]
     after: dict[str, float]
+    mixing_at_random: float
     single_stream: bool
 
 
@@ -96,7 +99,8 @@ def run_demo(out: str | Path = "demo-run", reporter: Reporter | None = None) -> 
         write_json(folder / "scores.json", {"embedding": _checksum(run), **scores})
     stages = {name: record["seconds"] for name, record in run.manifest["stages"].items()}
     single = run.manifest["summary"]["single_stream"]
-    return DemoResult(run, data, picture, stages, scores["before"], scores["after"], single)
+    random = scores["random"]["batch mixing"]
+    return DemoResult(run, data, picture, stages, scores["before"], scores["after"], random, single)
 
 
 def demo_cells() -> AnnData:
@@ -107,4 +111,79 @@ def demo_cells() -> AnnData:
     shipped = scanpy.datasets.pbmc68k_reduced()
     obs = shipped.obs[[LABEL]].copy()
     obs[BATCH] = shipped.obs_names.str.rpartition("-").get_level_values(2)
-    return anndata.AnnData(shipped.raw.X, obs=obs.astype("category"), var=shipped.raw.var[[]])
+    obs, var = obs.astype("category").rename_axis(None), shipped.raw.var[[]].rename_axis(None)
+    return anndata.AnnData(shipped.raw.X, obs=obs, var=var)
+
+
+def _finished_scores(folder: Path, run: Run) -> dict[str, dict[str, float]] | None:
+    """Return the scores of an earlier call if they and the picture are of this embedding."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "scores.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    current = found.get("embedding") == _checksum(run) and (folder / "umap.png").exists()
+    return {name: found[name] for name in ("before", "after", "random")} if current else None
+
+
+def _checksum(run: Run) -> str:
+    artifacts = [artifact for record in run.manifest["stages"].values() for artifact in record["artifacts"]]
+    return str(next(artifact["sha256"] for artifact in artifacts if artifact["path"] == "embedding.zarr"))
+
+
+def _score_and_draw(run: Run, data: Path, picture: Path, reporter: Reporter) -> dict[str, dict[str, float]]:
+    """Score and draw the principal components and the embedding of the same cells."""
+    import anndata
+    import scanpy
+
+    cells = anndata.read_h5ad(data)
+    with reporter.stage("scores", 2, "embeddings") as stage:
+        cells.X = cells.X.toarray()
+        scanpy.pp.scale(cells, max_value=10)
+        scanpy.pp.pca(cells, n_comps=COMPONENTS, random_state=0)
+        cells.obsm["X_schelix"] = run.embedding
+        scores = {}
+        for name, key in VIEWS.items():
+            scores[name] = _scores(cells.obsm[key], cells.obs)
+            stage.advance()
+        shuffled = np.random.default_rng(0).permutation(cells.obs[BATCH])
+        scores["random"] = {"batch mixing": batch_mixing(run.embedding, shuffled)}
+    with reporter.stage("picture", 2, "embeddings") as stage:
+        maps = {}
+        for name, key in VIEWS.items():
+            scanpy.pp.neighbors(cells, n_neighbors=NEIGHBORS, use_rep=key, random_state=0)
+            scanpy.tl.umap(cells, random_state=0)
+            maps[name] = cells.obsm["X_umap"].copy()
+            stage.advance()
+        with publish(picture) as partial:
+            _draw(maps, cells.obs, partial)
+    return scores
+
+
+def _scores(embedding_nd: np.ndarray, obs: pd.DataFrame) -> dict[str, float]:
+    labels = label_conservation(embedding_nd, obs[LABEL])
+    return {"batch mixing": batch_mixing(embedding_nd, obs[BATCH])} | {f"labels: {k}": v for k, v in labels.items()}
+
+
+def _draw(maps: dict[str, np.ndarray], obs: pd.DataFrame, path: Path) -> None:
+    """Draw wells above labels and before beside after, with one legend a row."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 8.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2)
+    order = np.random.default_rng(0).permutation(len(obs))  # so that no group covers the others
+    for row, (column, title, colors) in enumerate([(BATCH, "GEM well", "Dark2"), (LABEL, "cell type", "tab10")]):
+        groups = obs[column].cat.categories
+        color_of = {group: colormaps[colors](i) for i, group in enumerate(groups)}
+        for axis, (name, xy) in zip(axes[row], maps.items(), strict=True):
+            axis.scatter(*xy[order].T, c=[color_of[group] for group in obs[column].iloc[order]], s=14, linewidths=0)
+            axis.set(xticks=[], yticks=[], title=TITLES[name] if row == 0 else "")
+            axis.spines[:].set_color("0.8")
+        axes[row, 0].set_ylabel(f"coloured by {title}")
+        for group, color in color_of.items():
+            axes[row, 1].scatter([], [], color=color, s=40, label=group)
+        axes[row, 1].legend(title=title, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, alignment="left")
+    figure.suptitle("700 blood cells (pbmc68k_reduced), UMAP", fontsize=13)
+    figure.savefig(path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from scipy import sparse
@@ -29,6 +29,8 @@ from schelix_scale.stores.values import ValueDecision, decide_values
 if TYPE_CHECKING:
     from anndata import AnnData
 
+T = TypeVar("T")
+
 SAMPLE_CELLS = 2_000
 MANY_BATCHES = 1_000
 
@@ -41,11 +43,11 @@ SKETCH_SHARE, PASS_SHARE = 0.4, 0.25  # of the memory budget, as in the stages
 # Time in seconds, of one core unless said otherwise.
 BASE_SECONDS = 12.0  # imports, compilation, small steps
 SECONDS_PER_VALUE = 4e-8  # read, check, normalise and project a stored value; shared by the cores
-SECONDS_PER_SKETCH_CELL = 4e-4  # a round of PCA, Harmony, k-means and partition
+SECONDS_PER_SKETCH_CELL = 1e-3  # a round of PCA, Harmony, k-means and partition
 SECONDS_PER_PAIR = 4e-10  # exact search; shared by the cores
 COMPILATION_SECONDS = 25.0  # of pynndescent
 SECONDS_PER_NEIGHBOR = 8e-6  # pynndescent; shared by the cores
-SECONDS_PER_STEP = 3e-2  # a training step of 1,024 cells on a CPU
+SECONDS_PER_STEP = 0.16  # a training step of 1,024 cells; shared by the cores
 SECONDS_PER_EMBEDDED_CELL = 3e-5  # diffuse and embed
 
 
@@ -165,7 +167,9 @@ def estimate_costs(store: CellStore, config: Config) -> tuple[int, float]:
     seconds = BASE_SECONDS + (sketch + n) * per_cell * SECONDS_PER_VALUE / cores
     seconds += sketch * SECONDS_PER_SKETCH_CELL * config.genes.iterations
     seconds += search / cores + (0 if exact else COMPILATION_SECONDS)
-    seconds += steps * SECONDS_PER_STEP * train.batch_size / 1024 * train.enabled + n * SECONDS_PER_EMBEDDED_CELL
+    seconds += (
+        train.enabled * steps * SECONDS_PER_STEP * train.batch_size / 1024 / cores + n * SECONDS_PER_EMBEDDED_CELL
+    )
     return int(memory), float(seconds)
 
 
@@ -208,7 +212,7 @@ def _usable(x_ng: sparse.csr_matrix) -> bool:
     return bool(np.isfinite(x_ng.data).all() and (x_ng.data >= 0).all())
 
 
-def _try(check: Callable[[], Any], problems: list[str]) -> Any:
+def _try(check: Callable[[], T], problems: list[str]) -> T | None:
     """Return what a check returns, None if it raised a DataError, whose message becomes a problem."""
     try:
         return check()

@@ -74,11 +74,12 @@ def print_demo(result: DemoResult) -> None:
     for table in (times, scores):
         console.print()
         console.print(table)
+    console.print(
+        f"Batch mixing is {result.mixing_at_random:.3f} if the wells are dealt to the cells at random.", soft_wrap=True
+    )
     if result.single_stream:
         console.print(
-            "The wells of these cells do not differ beyond chance, so nothing was corrected (single stream): the "
-            "embedding keeps the cell types, and batches are as mixed as they were.",
-            soft_wrap=True,
+            "The wells do not differ beyond chance, so nothing was corrected: the run is single-stream.", soft_wrap=True
         )
 
 

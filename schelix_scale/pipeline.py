@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schelix_scale.compute import limited_threads, resolve_device
+from schelix_scale.compute import limited_threads, resolve_device, share_cores
 from schelix_scale.config import Config
 from schelix_scale.config_io import load_config
 from schelix_scale.context import Context
@@ -76,6 +76,7 @@ def integrate(
     >>> run.embedding.shape  # doctest: +SKIP
     (13963, 30)
     """
+    share_cores()
     chosen = merge_settings(config, batch_key, settings)
     resolve_device(chosen.device)
     reporter = reporter or RichReporter()

@@ -48,8 +48,8 @@ def fit_projection(
 ) -> tuple[Projection, np.ndarray]:
     """Fit the PCA of ``genes`` on the sketch; return it with the sketch's (n, d) components.
 
-    Each gene is capped at mean + 10 sd, divided by sd**scale_power and centred. The covariance is formed
-    from the sparse matrix, so nothing (n, h) is dense.
+    Each gene is capped at mean + 10 sd, divided by sd**scale_power and centred, the last implicitly:
+    nothing (n, h) is dense.
     """
     from sklearn.decomposition import PCA
 
@@ -61,7 +61,7 @@ def fit_projection(
     scale = np.where(variance > 0, np.sqrt(variance), 1.0) ** scale_power
     x_nh = (x_nh.astype(np.float64) @ sparse.diags(1 / scale)).tocsr()
     dims = min(dims, len(genes) - 1, len(x_nh.indptr) - 2)
-    pca = PCA(dims, svd_solver="covariance_eigh").fit(x_nh)
+    pca = PCA(dims, svd_solver="arpack", random_state=0).fit(x_nh)
     loadings = pca.components_.T / scale[:, None]
     offset = pca.mean_ @ pca.components_.T
     projection = Projection(np.asarray(genes), cap, loadings.astype(np.float32), offset.astype(np.float32))

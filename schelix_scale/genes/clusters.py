@@ -42,5 +42,5 @@ def coarse_clusters(pcs_nd: np.ndarray, batch_n: np.ndarray, seed: int, threads:
     n = len(pcs_nd)
     n_clusters = min(int(np.clip(np.sqrt(n) / 3, 12, 100)), max(1, n // 10))
     corrected = run_harmony(pcs_nd, batch_n, seed, threads).Z_corr
-    codes = KMeans(n_clusters, n_init=4, random_state=seed).fit_predict(corrected)
+    codes = KMeans(n_clusters, n_init=2, random_state=seed).fit_predict(corrected)
     return np.asarray(codes, dtype=np.int32)
