@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 .PHONY: .venv demo test test-slow lint types clean help
 
-demo: $(INSTALLED) ## integrate a small made-up atlas into demo-run/
+demo: $(INSTALLED) ## integrate 700 real blood cells into demo-run/
 	$(BIN)/schelix demo -o demo-run
 
 test: $(INSTALLED) ## run the tests

@@ -86,7 +86,7 @@ class Context:
         make: Make,
     ) -> StageRecord:
         """Do a stage, or skip it if it was done with the same inputs; return its record."""
-        fingerprint = directory.fingerprint(name, version, {**inputs, "threads": self.threads}, after)
+        fingerprint = directory.fingerprint(name, version, inputs, after)
         if directory.is_done(name, fingerprint):
             self.reporter.say(f"{name}: done before, skipped")
             return directory.record(name)

@@ -5,6 +5,7 @@ A stage reads only what the ones before it published, so that any of them can be
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from schelix_scale.publish import create_array
 from schelix_scale.run import RunDirectory
 
 FEATURES = {"anchor": "features/anchor.npy", "anchor_corrected": "features/anchor_corrected.npy"}
+ROW, BATCH = "schelix_row", "schelix_batch"
 VARIANT = {"variant": "features/variant.npy"}
 
 
@@ -45,8 +47,8 @@ def find_genes(context: Context, directory: RunDirectory) -> None:
                 config.seed,
                 progress.advance,
             )
-        say(f"values are {sketch.values.kind} ({sketch.values.reason})")
-        with context.reporter.stage("genes", None, "steps") as progress:
+        say(f"values are {sketch.values.reason}")
+        with context.reporter.stage("genes", config.genes.iterations + 2, "steps") as progress:
             level_n = None if context.level_n is None else context.level_n[sketch.rows]
             hvg = variable_genes(sketch.x_ng, sketch.batch_n, config.genes.n_hvg, config.genes.min_batch_cells)
             progress.advance(1)
@@ -60,8 +62,8 @@ def find_genes(context: Context, directory: RunDirectory) -> None:
                 config.seed,
                 context.threads,
                 level_n,
+                progress.advance,
             )
-            progress.advance(1)
             streams = fit_streams(
                 sketch.x_ng,
                 sketch.batch_n,
@@ -111,17 +113,12 @@ def write_stream_features(context: Context, directory: RunDirectory) -> None:
     def make(_: str) -> tuple[list[str], dict[str, Any]]:
         job = OnePass(context.store, Streams.load(directory.path / "streams.npz"), details["values"])
         n, dims = context.store.n_cells, dict(zip(("anchor", "variant"), job.streams.dims, strict=True))
-        targets = {}
-        for name, relative in names.items():
-            target = directory.path / relative
-            targets[name] = target.with_name(f"{target.stem}.partial{target.suffix}")
-            target.parent.mkdir(exist_ok=True)
-            create_array(targets[name], (n, dims[name.partition("_")[0]]), "float32")
-        with context.reporter.stage("features", n) as progress:
+        with ExitStack() as published, context.reporter.stage("features", n) as progress:
+            targets = {name: published.enter_context(directory.publish(file)) for name, file in names.items()}
+            for name, path in targets.items():
+                create_array(path, (n, dims[name.partition("_")[0]]), "float32")
             budget = int(PASS_SHARE * context.budget)
             write_features(job, context.batches.codes, targets, budget, context.threads, progress.advance)
-        for name, relative in names.items():
-            targets[name].replace(directory.path / relative)
         return list(names.values()), {}
 
     context.run_stage(directory, "features", 1, {}, ["genes"], make)
@@ -137,7 +134,7 @@ def build_graph(context: Context, directory: RunDirectory) -> None:
     def make(fingerprint: str) -> tuple[list[str], dict[str, Any]]:
         cache = open_cache(context, directory)
         method = choose_method(context.store.n_cells, config)
-        name = operator_id({"stage": fingerprint}, method)
+        name = operator_id({"stage": fingerprint, "threads": context.threads}, method)
         with context.reporter.stage(f"neighbours ({method})", None, "steps"):
             neighbors, audit = cache.find(cache.features["anchor"], context.config.seed, context.threads)
         context.reporter.say(f"neighbour recall {audit.recall:.3f} (95 % CI {audit.low:.3f}-{audit.high:.3f})")
@@ -176,7 +173,7 @@ def train_model(context: Context, directory: RunDirectory) -> None:
         fresh = [] if features.operator_id == first else cache.artifacts(features.operator_id)
         return ["checkpoints", *fresh], {"operator_id": features.operator_id, "device": str(device), "key": fingerprint}
 
-    inputs = {"train": config.train, "seed": config.seed, "device": device.type}
+    inputs = {"train": config.train, "seed": config.seed}
     context.run_stage(directory, "train", 1, inputs, ["graph"], make)
 
 
@@ -199,7 +196,7 @@ def embed_cells(context: Context, directory: RunDirectory) -> None:
         model = build_model(features, config.train, config.seed).to(device)
         model.load_state_dict(state.model)
         keys = output_keys(model, config.train.enabled, config.embed.streams)
-        obs = pd.read_parquet(directory.path / "cells.parquet").drop(columns=["row", "batch_code"])
+        obs = pd.read_parquet(directory.path / "cells.parquet").drop(columns=[ROW, BATCH])
         uns = {
             "version": __version__,
             "config": config.model_dump_json(),
@@ -257,7 +254,7 @@ def _cell_table(context: Context) -> pd.DataFrame:
         if pd.api.types.infer_dtype(table[name], skipna=True) not in ("string", "boolean"):
             context.reporter.say(f"obs column {name!r} holds mixed types and is carried along as text")
             table[name] = table[name].astype(str)
-    table.insert(0, "row", np.arange(len(table)))
-    table.insert(1, "batch_code", context.batches.codes)
+    table.insert(0, ROW, np.arange(len(table)))
+    table.insert(1, BATCH, context.batches.codes)
     table.index.name = "cell"
     return table

@@ -98,7 +98,7 @@ def test_what_a_run_holds(finished: schelix_scale.Run, source: Path) -> None:
     assert list(finished.genes.columns) == ["mean", "var", "beta", "gamma", "rho", "role"]
     dense = adata.X.toarray() / adata.X.toarray().sum(axis=1, keepdims=True) * 1e4
     np.testing.assert_allclose(finished.genes["mean"], np.log1p(dense).mean(axis=0), rtol=1e-5)
-    assert finished.cells["row"].tolist() == list(range(adata.n_obs))
+    assert finished.cells["schelix_row"].tolist() == list(range(adata.n_obs))
     assert finished.verify() == []
     summary = finished.manifest["summary"]
     assert (summary["cells"], summary["genes"], summary["batches"], summary["values"]) == (360, 150, 3, "counts")
@@ -115,16 +115,12 @@ def test_a_finished_run_is_returned_untouched(finished: schelix_scale.Run, sourc
     np.testing.assert_array_equal(again.embedding, finished.embedding)
 
 
-def test_same_seed_same_embedding_other_seed_another(
-    finished: schelix_scale.Run, source: Path, tmp_path: Path
-) -> None:
+def test_same_seed_same_embedding_other_seed_another(finished: schelix_scale.Run, source: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(run(source, tmp_path / "same").embedding, finished.embedding)
     assert not np.array_equal(run(source, tmp_path / "other", seed=1).embedding, finished.embedding)
 
 
-def test_an_anndata_in_memory_and_zarr_give_the_same(
-    finished: schelix_scale.Run, source: Path, tmp_path: Path
-) -> None:
+def test_an_anndata_in_memory_and_zarr_give_the_same(finished: schelix_scale.Run, source: Path, tmp_path: Path) -> None:
     adata = anndata.read_h5ad(source)
     np.testing.assert_array_equal(run(adata, tmp_path / "memory").embedding, finished.embedding)
     with anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
@@ -248,7 +244,7 @@ def bad(change: str) -> anndata.AnnData:
         ("nan", "NaN"),
         ("inf", "infinite|inf"),
         ("negative", "negative"),
-        ("empty cell", "zero"),
+        ("empty cell", "no counts at all"),
         ("duplicate genes", "gene0"),
         ("duplicate cells", "cell0"),
     ],

@@ -62,6 +62,7 @@ def partition_genes(
     seed: int,
     threads: int = 0,
     level_n: np.ndarray | None = None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Partition:
     """Split the highly variable genes into Anchors (low batch sensitivity) and Variants.
 
@@ -95,6 +96,7 @@ def partition_genes(
             signal = batch_signal(values, cluster_n, batch_n, level_n, found, config.permutations, seed)
             if signal <= config.min_signal:
                 return _assemble(x_ng, gene_names, hvg, found, np.arange(len(hvg)), signal, True, rounds, 1.0)
+        advance(1)
         cut = choose_cut(found.rho, config)
         previous, anchors = anchors, np.flatnonzero(found.rho <= cut)
         if len(np.intersect1d(previous, anchors)) >= STABLE_JACCARD * len(np.union1d(previous, anchors)):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from schelix_scale.graph.operator import Operator, row_blocks
+from schelix_scale.publish import create_array
 
 
 def diffuse(
@@ -25,10 +26,10 @@ def diffuse(
     """
     n, d = features_nd.shape
     hops = sorted(hops)
-    result = np.lib.format.open_memmap(out, mode="w+", dtype=np.float32, shape=(n, len(hops), d))
+    result = create_array(out, (n, len(hops), d), np.float32)
     scratch = [out.with_name(f"{out.name}.scratch{i}") for i in (0, 1)]
     try:
-        maps = [np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(n, d)) for path in scratch]
+        maps = [create_array(path, (n, d), np.float32) for path in scratch]
         current = features_nd
         for hop in range(max(hops) + 1):
             if hop:

@@ -60,7 +60,9 @@ class Refresh:
         if not self.config.refresh:
             return features
         method = choose_method(features.n_cells, self.cache.config)
-        name = operator_id({"parent": features.operator_id, "training": self.fingerprint}, method)
+        name = operator_id(
+            {"parent": features.operator_id, "training": self.fingerprint, "threads": self.threads}, method
+        )
         if self.cache.has(name):
             return open_features(self.cache, name)
         neighbors, audit = self.cache.find(self._anchor_latent(features, model), self.seed, self.threads)
