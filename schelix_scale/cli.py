@@ -55,20 +55,22 @@ def _reported(verb: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        from schelix_scale.output import complain
+
         context: Any = kwargs["context"]
         try:
             verb(*args, **kwargs)
         except SchelixError as error:
             if context.find_root().params.get("debug"):
                 raise
-            _complain("error", str(error), "bold red")
+            complain("error", str(error), "bold red")
             raise typer.Exit(1) from error
         except KeyboardInterrupt as interrupt:
             kept = context.command.name in CONTINUED
             hint = (
                 "Run the same command again to continue: finished stages are kept." if kept else "Nothing was changed."
             )
-            _complain("interrupted", hint, "yellow")
+            complain("interrupted", hint, "yellow")
             raise typer.Exit(130) from interrupt
 
     # typer keeps the line breaks of a docstring; paragraphs of one line are wrapped to the terminal
@@ -136,7 +138,7 @@ def integrate(
     Options win over --set, and both over the file of --config.
     """
     from schelix_scale.config_io import load_config
-    from schelix_scale.output import print_run
+    from schelix_scale.output import print_run, repeat_warnings
     from schelix_scale.pipeline import integrate as integrate_cells
 
     given: dict[str, Any] = {
@@ -157,7 +159,7 @@ def integrate(
         reporter=reporter,
         **{key: value for key, value in given.items() if value is not None},
     )
-    _repeat_warnings(reporter)
+    repeat_warnings(reporter)
     if not quiet:
         print_run(run, out)
 
@@ -203,12 +205,13 @@ def verify(context: typer.Context, run: RunPath) -> None:
 
     Problems are listed, each with its remedy, and the exit code is 1 if there are any.
     """
+    from schelix_scale.output import complain
     from schelix_scale.run import RunDirectory
 
     directory = RunDirectory.open(run)
     problems = directory.verify()
     for problem in problems:
-        _complain("problem", problem, "yellow")
+        complain("problem", problem, "yellow")
     if problems:
         raise typer.Exit(1)
     artifacts = sum(len(record.artifacts) for record in directory.records())
@@ -255,31 +258,14 @@ def demo(
     Takes a minute or two. Writes the cells, the run, scores and a picture to DIR.
     """
     from schelix_scale.demo import run_demo
-    from schelix_scale.output import print_demo
+    from schelix_scale.output import print_demo, repeat_warnings
 
     reporter = _reporter(quiet)
     result = run_demo(out, reporter)
-    _repeat_warnings(reporter)
+    repeat_warnings(reporter)
     if not quiet:
         print_demo(result)
 
 
 def _reporter(quiet: bool) -> Reporter:
     return QuietReporter() if quiet else RichReporter()
-
-
-def _repeat_warnings(reporter: Reporter) -> None:
-    """Show the warnings that a quiet reporter has kept."""
-    if isinstance(reporter, QuietReporter):
-        for message in reporter.messages:
-            kind, _, text = message.partition(": ")
-            if kind == "warning":
-                _complain(kind, text, "yellow")
-
-
-def _complain(kind: str, message: str, style: str) -> None:
-    """Write ``kind: message`` to standard error, coloured on a terminal; lines are never cut."""
-    from rich.console import Console
-
-    text = f"{kind}: {message}"
-    Console(stderr=True, soft_wrap=True).print(text, style=style, markup=False, highlight=False)

@@ -29,15 +29,18 @@ def thread_count(config: Config) -> int:
 @contextmanager
 def limited_threads(threads: int) -> Iterator[None]:
     """Hold the numeric libraries to ``threads`` threads, and put back what was set before."""
+    import numba
     import torch
     from threadpoolctl import threadpool_limits
 
-    before = torch.get_num_threads()
+    before, numba_before = torch.get_num_threads(), numba.get_num_threads()
+    numba.set_num_threads(min(threads, numba_before))  # before the others: numba resets OpenMP when it starts
     torch.set_num_threads(threads)
     try:
         with threadpool_limits(threads):
             yield
     finally:
+        numba.set_num_threads(numba_before)
         torch.set_num_threads(before)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class _Settings(BaseModel):
@@ -50,6 +50,12 @@ class GenesConfig(_Settings):
     permutations: int = Field(10, ge=2, description="batch permutations of the no-batch-signal null")
     min_signal: float = Field(0.0005, ge=0, description="batch share of variance below which nothing is corrected")
 
+    @model_validator(mode="after")
+    def _shares(self) -> GenesConfig:
+        if self.min_anchor_share >= self.max_anchor_share:
+            raise ValueError("min_anchor_share must be less than max_anchor_share")
+        return self
+
 
 class FeaturesConfig(_Settings):
     """Stream features: PCA of each stream and the mixture correction of the Anchors."""
@@ -57,7 +63,6 @@ class FeaturesConfig(_Settings):
     anchor_dims: int = Field(30, ge=2, le=200)
     variant_dims: int = Field(30, ge=2, le=200)
     scale_power: float = Field(0.75, ge=0, le=1, description="genes are divided by sd**scale_power")
-    dtype: Literal["float16", "float32"] = "float32"
 
 
 class GraphConfig(_Settings):
@@ -72,6 +77,13 @@ class GraphConfig(_Settings):
     hops: tuple[int, ...] = Field((0, 1, 3), min_length=1)
     min_recall: float = Field(0.95, ge=0, le=1)
     audit_cells: int = Field(500, ge=10)
+
+    @field_validator("hops")
+    @classmethod
+    def _hops(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if min(value) < 0 or len(set(value)) < len(value):
+            raise ValueError("hops are different numbers of steps, none negative, such as [0, 1, 3]")
+        return tuple(sorted(value))
 
 
 class TrainConfig(_Settings):

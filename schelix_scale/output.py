@@ -1,4 +1,4 @@
-"""What the verbs print: runs, inspections and demos come in, lines on standard output go out."""
+"""What the verbs print: runs, inspections and demos go to standard output, complaints to standard error."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from schelix_scale.progress import duration
-from schelix_scale.provenance import available_cores
+from schelix_scale.progress import QuietReporter, Reporter, duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,6 +38,8 @@ def print_run(run: Run, out: str) -> None:
 
 def print_inspection(found: Inspection) -> None:
     """Print what was found, and the problems last."""
+    from schelix_scale.provenance import available_cores
+
     console = _console()
     stored = "in memory" if found.stored_bytes is None else f"{_bytes(found.stored_bytes)} on disk"
     layers = ", ".join(found.layers)
@@ -54,7 +55,7 @@ def print_inspection(found: Inspection) -> None:
         f"({available_cores()} cores, no GPU)",
     )
     for problem in found.problems:
-        console.print(f"problem: {problem}", style="yellow", markup=False, highlight=False)
+        console.print(f"problem: {problem}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_demo(result: DemoResult) -> None:
@@ -86,6 +87,23 @@ def print_demo(result: DemoResult) -> None:
 def print_json(content: Mapping[str, Any]) -> None:
     """Print indented JSON."""
     sys.stdout.write(json.dumps(content, indent=2) + "\n")
+
+
+def complain(kind: str, message: str, style: str) -> None:
+    """Write ``kind: message`` to standard error, coloured on a terminal; lines are never cut."""
+    from rich.console import Console
+
+    text = f"{kind}: {message}"
+    Console(stderr=True, soft_wrap=True).print(text, style=style, markup=False, highlight=False)
+
+
+def repeat_warnings(reporter: Reporter) -> None:
+    """Show the warnings that a quiet reporter has kept."""
+    if isinstance(reporter, QuietReporter):
+        for message in reporter.messages:
+            kind, _, text = message.partition(": ")
+            if kind == "warning":
+                complain(kind, text, "yellow")
 
 
 def _console() -> Console:

@@ -14,11 +14,13 @@ import pandas as pd
 from schelix_scale._version import __version__
 from schelix_scale.compute import resolve_device
 from schelix_scale.context import PASS_SHARE, SKETCH_SHARE, Context
+from schelix_scale.errors import DataError
 from schelix_scale.publish import create_array
 from schelix_scale.run import RunDirectory
 
 FEATURES = {"anchor": "features/anchor.npy", "anchor_corrected": "features/anchor_corrected.npy"}
 ROW, BATCH = "schelix_row", "schelix_batch"
+MIN_GENES = 20
 VARIANT = {"variant": "features/variant.npy"}
 
 
@@ -51,6 +53,11 @@ def find_genes(context: Context, directory: RunDirectory) -> None:
         with context.reporter.stage("genes", config.genes.iterations + 2, "steps") as progress:
             level_n = None if context.level_n is None else context.level_n[sketch.rows]
             hvg = variable_genes(sketch.x_ng, sketch.batch_n, config.genes.n_hvg, config.genes.min_batch_cells)
+            if len(hvg) < MIN_GENES:
+                raise DataError(
+                    f"{store.source}: only {len(hvg)} genes are found in 3 cells or more; {MIN_GENES} are needed. "
+                    "Check that cells are rows and genes are columns."
+                )
             progress.advance(1)
             partition = partition_genes(
                 sketch.x_ng,

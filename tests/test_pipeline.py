@@ -242,7 +242,7 @@ def bad(change: str) -> anndata.AnnData:
         ("lone cell", "alone"),
         ("missing batch", "batch"),
         ("nan", "NaN"),
-        ("inf", "infinite|inf"),
+        ("inf", r"infinite|inf"),
         ("negative", "negative"),
         ("empty cell", "no counts at all"),
         ("duplicate genes", "gene0"),
@@ -260,7 +260,7 @@ def test_bad_input_is_named_and_leaves_no_run_that_looks_finished(tmp_path: Path
 
 
 def test_a_missing_batch_key_lists_the_likely_columns(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="donor_id.*batch"):
+    with pytest.raises(DataError, match=r"donor_id.*batch"):
         integrate(source, batch_key="donor_id", out=tmp_path / "run", reporter=QuietReporter())
     assert not (tmp_path / "run").exists()
 
@@ -276,7 +276,7 @@ def test_unknown_and_contradicting_settings(source: Path, tmp_path: Path) -> Non
         run(source, tmp_path / "run", graph__kk=3)
     with pytest.raises(ConfigError, match="Give one"):
         run(source, tmp_path / "run", data__batch_key="condition")
-    with pytest.raises(StoreError, match="nowhere.h5ad"):
+    with pytest.raises(StoreError, match=r"nowhere\.h5ad"):
         run(tmp_path / "nowhere.h5ad", tmp_path / "run")
 
 

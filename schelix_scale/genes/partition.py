@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -97,23 +98,25 @@ def partition_genes(
             if signal <= config.min_signal:
                 return _assemble(x_ng, gene_names, hvg, found, np.arange(len(hvg)), signal, True, rounds, 1.0)
         advance(1)
-        cut = choose_cut(found.rho, config)
-        previous, anchors = anchors, np.flatnonzero(found.rho <= cut)
+        previous, anchors = anchors, choose_anchors(found.rho, found.gamma, config)
+        cut = float(found.rho[anchors].max())
         if len(np.intersect1d(previous, anchors)) >= STABLE_JACCARD * len(np.union1d(previous, anchors)):
             break
     return _assemble(x_ng, gene_names, hvg, found, anchors, signal, False, rounds, cut)
 
 
-def choose_cut(rho: np.ndarray, config: GenesConfig) -> float:
-    """Return the largest rho of an Anchor, without labels.
+def choose_anchors(rho: np.ndarray, gamma: np.ndarray, config: GenesConfig) -> np.ndarray:
+    """Return the sorted positions of the Anchors: the genes with the lowest rho, how many is decided without labels.
 
-    ``median`` halves the genes. ``otsu`` separates low from high rho best (Otsu 1979), its Anchors limited to
-    between ``min_anchor_share`` and ``max_anchor_share`` of the genes.
+    ``median`` takes half of the genes. ``otsu`` (and ``auto``) takes those below the cut that separates low from high
+    rho best (Otsu 1979), but at least ``min_anchor_share`` and at most ``max_anchor_share`` of the genes. Of genes with
+    the same rho, those with more biology (gamma) come first.
     """
-    low, high = np.quantile(rho, [config.min_anchor_share, config.max_anchor_share])
+    n_genes, order = len(rho), np.lexsort((-gamma, rho))
     if config.cut == "median":
-        return float(np.median(rho))
-    return float(np.clip(otsu(rho), low, high))
+        return np.sort(order[: n_genes // 2])
+    low, high = math.ceil(config.min_anchor_share * n_genes), math.floor(config.max_anchor_share * n_genes)
+    return np.sort(order[: min(max(int((rho <= otsu(rho)).sum()), low), high)])
 
 
 def otsu(values: np.ndarray) -> float:

@@ -44,14 +44,16 @@ def audit_recall(features_nd: np.ndarray, neighbors: Neighbors, n_cells: int, se
     """Compare the graph with exact neighbours of ``n_cells`` random cells.
 
     A found neighbour counts as true if it is no farther than the k-th exact one, so that ties (duplicated
-    cells) are not held against the graph.
+    cells) are not held against the graph. Its distance is computed anew from its row number: stored distances
+    may be right where row numbers are not.
     """
     n, k = neighbors.indices_nk.shape
     rows = np.sort(np.random.default_rng([seed, 0xA0D17]).choice(n, min(n_cells, n), replace=False))
     unit = unit_rows(features_nd)
     _, exact = exact_neighbors(unit[rows], unit, k, own_rows=rows)
     limit = exact[:, -1:] + 1e-6
-    hits = (neighbors.distances_nk[rows] <= limit).mean(axis=1)
+    cosines = np.einsum("md,mkd->mk", unit[rows], unit[neighbors.indices_nk[rows]])
+    hits = (1 - cosines <= limit).mean(axis=1)
     half = 1.96 * hits.std() / np.sqrt(len(rows))
     recall = float(hits.mean())
     return Audit(recall, max(0.0, recall - half), min(1.0, recall + half), len(rows), k, neighbors.method)

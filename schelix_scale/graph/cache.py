@@ -26,7 +26,7 @@ STREAMS = ("anchor", "variant")
 
 
 def operator_id(inputs: Mapping[str, Any], method: str) -> str:
-    """Name an operator by what it is made from; library versions and threads included, since they change it."""
+    """Name an operator by what it is made from: ``inputs`` (with the threads, which change it) and the library."""
     library = "pynndescent" if method == "pynndescent" else "scikit-learn"
     content = {**inputs, "method": method, "library": f"{library} {version(library)}"}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -109,5 +109,4 @@ class OperatorCache:
     @property
     def work(self) -> int:
         """Cells that `publish` advances by in all."""
-        streams = sum(self.features[stream].shape[1] > 0 for stream in STREAMS)
-        return int(streams * max(self.config.hops) * len(self.batch_n))
+        return int(len(STREAMS) * max(self.config.hops) * len(self.batch_n))

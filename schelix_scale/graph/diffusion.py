@@ -55,5 +55,7 @@ def _step(
 ) -> None:
     source = np.asarray(current)
     for start, stop in row_blocks(operator.n_cells):
-        target[start:stop] = (1 - restart) * (operator.block(start, stop) @ source) + restart * origin[start:stop]
+        target[start:stop] = (1 - restart) * (operator.block(start, stop) @ source) + restart * np.asarray(
+            origin[start:stop], np.float32
+        )
         advance(stop - start)

@@ -25,5 +25,5 @@ def contrast(
 
 
 def preservation(fused_md: Tensor, backbone_md: Tensor) -> Tensor:
-    """Mean squared distance to the backbone, relative to the backbone's own squared norm (1 on average)."""
+    """Mean squared distance to the backbone, whose own squared norm is 1 on average."""
     return (fused_md - backbone_md).square().sum(dim=1).mean()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -60,15 +61,24 @@ def latest_checkpoint(folder: Path, fingerprint: str) -> TrainState | None:
     for path in reversed(_checkpoints(folder)):
         try:
             found = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError):
+        except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError):
             continue
-        if found.pop("format") == FORMAT and found.pop("fingerprint") == fingerprint:
+        if isinstance(found, dict) and (found.pop("format", None), found.pop("fingerprint", None)) == (
+            FORMAT,
+            fingerprint,
+        ):
             return TrainState(**found)
     return None
 
 
+def clear_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints and the log of another training, which would be taken for newer than the first ones."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
 def final_checkpoint(folder: Path, fingerprint: str) -> TrainState:
-    """Read the newest checkpoint of a finished training.
+    """Read the newest checkpoint, which is the last one if the training is finished.
 
     Raises
     ------

@@ -22,7 +22,7 @@ from schelix_scale.errors import TrainingError
 from schelix_scale.model.losses import contrast, preservation
 from schelix_scale.model.streams import DualStream, Latent
 from schelix_scale.progress import Reporter
-from schelix_scale.training.checkpoint import TrainState, latest_checkpoint, save_checkpoint
+from schelix_scale.training.checkpoint import TrainState, clear_checkpoints, latest_checkpoint, save_checkpoint
 from schelix_scale.training.data import CachedFeatures, Cells
 from schelix_scale.training.plan import Plan
 
@@ -88,6 +88,7 @@ def train(training: Training, features: CachedFeatures, reporter: Reporter) -> t
     model = build_model(features, training.config, training.seed).to(training.device)
     state = latest_checkpoint(training.folder, training.fingerprint)
     if state is None:
+        clear_checkpoints(training.folder)
         state = TrainState(0, 0, features.operator_id, float("inf"), 0, weights(model), weights(model), None)
     else:
         features = training.reopen(state.operator_id)
@@ -131,18 +132,14 @@ def _run_phase(
     with reporter.stage(f"train: {name}", budget, "steps") as progress:
         progress.advance(state.step)
         while state.step < budget:
-            due = state.step % config.evaluate_every == 0 and state.step > first
+            due = state.step % config.evaluate_every == 0 and (state.step > first or np.isinf(state.best_loss))
             if due and _evaluate(training, model, features, state, name, rows_valid, optimizer):
                 break
             rows = rows_train[plan.rows(state.step)]
             loss = batch_loss(training, model, features, name, rows, [training.seed, state.phase, state.step])
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
-            if not torch.isfinite(loss):
-                raise TrainingError(
-                    f"the loss of phase {name} is {float(loss)} at step {state.step}. The last good checkpoint is in "
-                    f"{training.folder}. Lower train.learning_rate (now {config.learning_rate}) and integrate again."
-                )
+            _require_finite(loss.item(), training, state, name)
             optimizer.step()
             state.step += 1
             progress.advance(1)
@@ -165,6 +162,7 @@ def _evaluate(
     with torch.no_grad():
         loss = float(batch_loss(training, model, features, name, rows_valid, [training.seed, 0x7A11D]))
     model.train()
+    _require_finite(loss, training, state, name)
     improved = loss < state.best_loss - 1e-4 * abs(state.best_loss if np.isfinite(state.best_loss) else 0.0)
     if improved:
         state.best_loss, state.stale, state.best_model = loss, 0, weights(model)
@@ -174,6 +172,14 @@ def _evaluate(
     save_checkpoint(training.folder, state, training.fingerprint)
     _log(training.folder, {"phase": name, "event": "evaluate", "step": state.step, "validation_loss": loss})
     return state.stale >= training.config.patience
+
+
+def _require_finite(loss: float, training: Training, state: TrainState, name: str) -> None:
+    if not np.isfinite(loss):
+        raise TrainingError(
+            f"the loss of phase {name} is {loss} at step {state.step}. The last good checkpoint is in "
+            f"{training.folder}. Lower train.learning_rate (now {training.config.learning_rate}) and integrate again."
+        )
 
 
 def split_rows(n_cells: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from schelix_scale.model.losses import contrast, preservation
+
+
+def by_hand(query: np.ndarray, target: np.ndarray, query_batch: list[int], target_batch: list[int], t: float) -> float:
+    """InfoNCE of one cell after another; a negative of the cell's own batch stands in the sum twice."""
+    losses = []
+    for i, q in enumerate(query):
+        similar = [q @ v / np.linalg.norm(q) / np.linalg.norm(v) for v in target]
+        total = 0.0
+        for j, similarity in enumerate(similar):
+            times = 2 if j != i and query_batch[i] == target_batch[j] else 1
+            total += times * np.exp(similarity / t)
+        losses.append(-np.log(np.exp(similar[i] / t) / total))
+    return float(np.mean(losses))
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.2, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_contrast_equals_softmax_by_hand(temperature: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    query, target = rng.normal(size=(2, 11, 5)) * 3
+    own, other = rng.integers(0, 3, (2, 11))
+    found = contrast(*(torch.from_numpy(values) for values in (query, target, own, other)), temperature)
+    assert float(found) == pytest.approx(by_hand(query, target, own.tolist(), other.tolist(), temperature), rel=1e-9)
+
+
+def test_contrast_of_perfect_and_of_worst_pairs() -> None:
+    far = torch.eye(6)
+    batches = torch.arange(6)
+    perfect = float(contrast(far, far, batches, batches, 0.05))
+    assert perfect < 1e-6
+    assert float(contrast(far, far.roll(1, 0), batches, batches, 0.05)) > 10
+    assert float(contrast(torch.ones(6, 6), torch.ones(6, 6), batches, batches, 0.2)) == pytest.approx(np.log(6))
+
+
+def test_own_batch_negatives_weigh_twice() -> None:
+    """Six equal cells: five negatives of the own batch count as ten."""
+    same = torch.zeros(6, dtype=torch.int64)
+    assert float(contrast(torch.ones(6, 4), torch.ones(6, 4), same, same, 0.2)) == pytest.approx(np.log(11))
+
+
+def test_contrast_leaves_its_inputs_alone() -> None:
+    query, target, batch = torch.randn(5, 3), torch.randn(5, 3), torch.zeros(5, dtype=torch.int64)
+    before = [value.clone() for value in (query, target, batch)]
+    contrast(query, target, batch, batch, 0.2)
+    assert all(torch.equal(a, b) for a, b in zip(before, (query, target, batch), strict=True))
+
+
+def test_preservation_is_the_mean_squared_distance() -> None:
+    rng = np.random.default_rng(0)
+    fused, backbone = rng.normal(size=(2, 9, 4))
+    expected = np.mean([np.sum((a - b) ** 2) for a, b in zip(fused, backbone, strict=True)])
+    assert float(preservation(torch.from_numpy(fused), torch.from_numpy(backbone))) == pytest.approx(expected)
+    assert float(preservation(torch.from_numpy(fused), torch.from_numpy(fused))) == 0

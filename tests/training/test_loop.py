@@ -1,0 +1,403 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from schelix_scale.errors import TrainingError
+from schelix_scale.model.streams import DualStream
+from schelix_scale.progress import QuietReporter
+from schelix_scale.training.checkpoint import final_checkpoint, latest_checkpoint
+from schelix_scale.training.data import CachedFeatures
+from schelix_scale.training.loop import Training, align_loss, build_model, refine_loss, split_rows, train
+from tests.training.tools import CONFIG, Cache, Counting, Interrupted, cached, logged, training_in
+
+TOTAL_STEPS = CONFIG.align_steps + CONFIG.refine_steps
+
+
+def run(folder: Path, seed: int = 0, data_seed: int = 0, **changed: object) -> tuple[DualStream, Cache, Counting]:
+    cache, reporter = Cache(cached(data_seed)), Counting()
+    training = training_in(folder, cache, CONFIG.model_copy(update=changed), seed)
+    model, _ = train(training, cache.reopen("first"), reporter)
+    return model, cache, reporter
+
+
+def same_weights(one: DualStream, two: DualStream) -> bool:
+    a, b = one.state_dict(), two.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def loss_of(model: DualStream, phase: str) -> float:
+    """Loss on held-out rows and two-step neighbours, drawn here and not by the training's validation."""
+    features = cached()
+    _, rows = split_rows(features.n_cells, 0)
+    rng = np.random.default_rng(99)
+    rows = np.repeat(rows, 5)
+    near = rows
+    for _ in range(2):
+        near = features.operator.indices_nk[near, rng.integers(0, features.operator.indices_nk.shape[1], len(near))]
+    own, other = (features.cells(r, torch.device("cpu")) for r in (rows, near))
+    with torch.no_grad():
+        return float((align_loss if phase == "align" else refine_loss)(model, own, other, CONFIG))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[DualStream, Cache, Counting, Path]:
+    """A training that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    return *run(folder), folder
+
+
+def test_align_learns(tmp_path: Path) -> None:
+    model, _, _ = run(tmp_path, align_steps=80, refine_steps=1)
+    before = loss_of(build_model(cached(), CONFIG, 0), "align")
+    assert loss_of(model, "align") < 0.85 * before
+    losses = [e["validation_loss"] for e in logged(tmp_path) if e["phase"] == "align" and e["event"] == "evaluate"]
+    assert losses[-1] < losses[0]
+
+
+def test_refine_learns(tmp_path: Path) -> None:
+    short, _, _ = run(tmp_path / "short", align_steps=30, refine_steps=1)
+    long, _, _ = run(tmp_path / "long", align_steps=30, refine_steps=100)
+    assert loss_of(long, "refine") < loss_of(short, "refine")
+
+
+def test_phases_in_order_and_one_refresh_between(whole: tuple[DualStream, Cache, Counting, Path]) -> None:
+    model, cache, reporter, folder = whole
+    assert reporter.stages == [("train: align", 23), ("train: refine", 17)]
+    assert reporter.steps == TOTAL_STEPS
+    assert [version for version, _ in cache.refreshed] == ["first"]
+    assert not model.training
+    state = final_checkpoint(folder, "abc")
+    assert (state.phase, state.step, state.operator_id) == (2, 0, "second")
+    assert all(torch.equal(value, state.model[name]) for name, value in model.state_dict().items())
+
+
+def test_align_leaves_the_anchor_stream_alone(whole: tuple[DualStream, Cache, Counting, Path]) -> None:
+    """What the refresh is given: Variants have learned, Anchors and gate are as they were made."""
+    _, cache, _, _ = whole
+    fresh, aligned = build_model(cached(), CONFIG, 0).state_dict(), cache.refreshed[0][1]
+    changed = {name.split(".")[0] for name, value in aligned.items() if not torch.equal(value, fresh[name])}
+    assert changed == {"variant_encoder"}
+
+
+def test_refine_trains_everything(whole: tuple[DualStream, Cache, Counting, Path]) -> None:
+    model, cache, _, _ = whole
+    aligned = cache.refreshed[0][1]
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, aligned[name])}
+    assert {name.split(".")[0] for name in changed} == {
+        "anchor_encoder",
+        "variant_encoder",
+        "variant_norm",
+        "variant_map",
+        "gate",
+    }
+
+
+def test_refine_sees_the_refreshed_features(whole: tuple[DualStream, Cache, Counting, Path], tmp_path: Path) -> None:
+    """Without a refresh the second phase trains on other positives and features, to other weights."""
+    model, _, _, _ = whole
+    cache = Cache(cached())
+    training = Training(CONFIG, 0, torch.device("cpu"), tmp_path, "abc", lambda features, _: features, cache.reopen)
+    kept, features = train(training, cache.reopen("first"), QuietReporter())
+    assert features.operator_id == "first"
+    assert not same_weights(kept, model)
+
+
+def test_same_seed_same_weights(whole: tuple[DualStream, Cache, Counting, Path], tmp_path: Path) -> None:
+    torch.manual_seed(12345)
+    np.random.seed(54321)  # noqa: NPY002  (the global state must not matter)
+    assert same_weights(run(tmp_path)[0], whole[0])
+
+
+def test_other_seed_other_weights(whole: tuple[DualStream, Cache, Counting, Path], tmp_path: Path) -> None:
+    assert not same_weights(run(tmp_path, seed=1)[0], whole[0])
+
+
+def test_making_a_model_leaves_the_global_seed_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    one, two = build_model(cached(), CONFIG, 0), build_model(cached(), CONFIG, 0)
+    assert torch.equal(torch.rand(3), expected)
+    assert same_weights(one, two)
+    assert not same_weights(one, build_model(cached(), CONFIG, 1))
+
+
+@pytest.mark.parametrize(
+    "stops", [(1,), (3,), (5,), (6,), (12,), (22,), (23,), (24,), (31,), (39,), (40,), (2, 9, 9, 12), (7, 8, 7, 6, 8)]
+)
+def test_interrupted_anywhere_and_resumed(
+    whole: tuple[DualStream, Cache, Counting, Path], tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    """Stopped after so many steps of each attempt, before anything after that step is done."""
+    cache = Cache(cached())
+    for stop in stops:
+
+        def interrupt(step: int, stop: int = stop) -> None:
+            if step == stop:
+                raise Interrupted("killed")
+
+        with pytest.raises(Interrupted, match="killed"):
+            train(training_in(tmp_path, cache), cache.reopen("first"), Counting(interrupt))
+    reporter = Counting()
+    model, features = train(training_in(tmp_path, cache), cache.reopen("first"), reporter)
+    assert same_weights(model, whole[0])
+    assert features.operator_id == "second"
+    if stops[0] > CONFIG.evaluate_every:
+        assert reporter.steps < TOTAL_STEPS
+
+
+def test_interrupted_right_after_the_refresh(whole: tuple[DualStream, Cache, Counting, Path], tmp_path: Path) -> None:
+    """The new version exists, but no checkpoint says so yet."""
+
+    def interrupt() -> None:
+        raise Interrupted("killed")
+
+    cache = Cache(cached(), interrupt)
+    with pytest.raises(Interrupted, match="killed"):
+        train(training_in(tmp_path, cache), cache.reopen("first"), Counting())
+    assert set(cache.versions) == {"first", "second"}
+    cache.after_refresh = lambda: None
+    reporter = Counting()
+    model, _ = train(training_in(tmp_path, cache), cache.reopen("first"), reporter)
+    assert same_weights(model, whole[0])
+    assert reporter.steps == CONFIG.refine_steps
+
+
+def test_resumed_after_losing_the_newest_checkpoint(
+    whole: tuple[DualStream, Cache, Counting, Path], tmp_path: Path
+) -> None:
+    def interrupt(step: int) -> None:
+        if step == 18:
+            raise Interrupted("killed")
+
+    cache = Cache(cached())
+    with pytest.raises(Interrupted, match="killed"):
+        train(training_in(tmp_path, cache), cache.reopen("first"), Counting(interrupt))
+    newest = sorted(tmp_path.glob("step-*"))[-1] / "state.pt"
+    newest.write_bytes(newest.read_bytes()[:-500])
+    state = latest_checkpoint(tmp_path, "abc")
+    assert state is not None
+    assert state.step == 10
+    assert same_weights(train(training_in(tmp_path, cache), cache.reopen("first"), Counting())[0], whole[0])
+
+
+def test_a_finished_training_is_not_repeated(whole: tuple[DualStream, Cache, Counting, Path]) -> None:
+    model, cache, _, folder = whole
+    reporter = Counting()
+    again, features = train(training_in(folder, cache), cache.reopen("first"), reporter)
+    assert reporter.stages == []
+    assert features.operator_id == "second"
+    assert same_weights(again, model)
+
+
+def test_another_training_does_not_resume_this_one(tmp_path: Path) -> None:
+    cache = Cache(cached())
+    train(training_in(tmp_path, cache, fingerprint="xyz"), cache.reopen("first"), Counting())
+    reporter = Counting()
+    train(training_in(tmp_path, cache, fingerprint="abc"), cache.reopen("first"), reporter)
+    assert reporter.steps == TOTAL_STEPS
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from schelix_scale.training.loop import train
+from tests.training.tools import Cache, Counting, cached, training_in
+
+torch.set_num_threads(int(sys.argv[3]))
+stop = int(sys.argv[2])
+cache = Cache(cached())
+kill = lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == stop else None
+train(training_in(Path(sys.argv[1]), cache), cache.reopen("first"), Counting(kill))
+"""
+
+
+def test_killed_and_resumed(whole: tuple[DualStream, Cache, Counting, Path], tmp_path: Path) -> None:
+    """A real process is killed in the first phase; this one goes on from what it left on disk."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tmp_path), "13", str(torch.get_num_threads())],
+        cwd=Path(__file__).parents[2],
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    state = latest_checkpoint(tmp_path, "abc")
+    assert state is not None
+    assert (state.phase, state.step) == (0, 10)
+    cache, reporter = Cache(cached()), Counting()
+    model, _ = train(training_in(tmp_path, cache), cache.reopen("first"), reporter)
+    assert reporter.steps == TOTAL_STEPS - 10
+    assert same_weights(model, whole[0])
+
+
+@pytest.mark.parametrize("stream", ["anchor_nta", "variant_ntv"])
+def test_features_that_are_not_numbers(tmp_path: Path, stream: str) -> None:
+    features = cached()
+    getattr(features, stream)[:] = np.nan
+    cache = Cache(features)
+    with pytest.raises(TrainingError, match=r"the loss of phase align is nan at step 0.*train\.learning_rate"):
+        train(training_in(tmp_path, cache), features, Counting())
+    assert latest_checkpoint(tmp_path, "abc") is None
+
+
+def test_stops_when_validation_does_not_improve(tmp_path: Path) -> None:
+    """At a rate of nearly nothing, ``patience`` evaluations after the first are without progress."""
+    _, _, reporter = run(
+        tmp_path, learning_rate=1e-12, align_steps=500, refine_steps=500, evaluate_every=4, patience=3, max_epochs=1000
+    )
+    assert [total for _, total in reporter.stages] == [500, 500]
+    assert 2 * 3 * 4 <= reporter.steps <= 2 * (3 + 1) * 4
+
+
+def test_resumed_after_an_early_stop_gives_the_same(tmp_path: Path) -> None:
+    changed = {"learning_rate": 1e-12, "align_steps": 500, "evaluate_every": 4, "patience": 3, "max_epochs": 1000}
+    expected, _, counted = run(tmp_path / "whole", **changed)
+    for stop in (12, 17):
+        cache = Cache(cached())
+        training = training_in(tmp_path / str(stop), cache, CONFIG.model_copy(update=changed))
+
+        def interrupt(step: int, stop: int = stop) -> None:
+            if step == stop:
+                raise Interrupted("killed")
+
+        with pytest.raises(Interrupted, match="killed"):
+            train(training, cache.reopen("first"), Counting(interrupt))
+        reporter = Counting()
+        model, _ = train(training, cache.reopen("first"), reporter)
+        assert same_weights(model, expected)
+        assert reporter.steps < counted.steps
+        stopped = [
+            max(
+                int(str(e["step"]))
+                for e in logged(tmp_path / name)
+                if (e["phase"], e["event"]) == ("align", "evaluate")
+            )
+            for name in ("whole", str(stop))
+        ]
+        assert stopped == [12, 12]
+
+
+@pytest.fixture
+def noisy() -> CachedFeatures:
+    """Variants that are noise: they are learned by heart, and validation soon gets worse."""
+    features = cached()
+    features.variant_ntv[:] = np.random.default_rng(5).normal(size=features.variant_ntv.shape)
+    return features
+
+
+def aligned(folder: Path, features: CachedFeatures, steps: int, stop: int | None = None) -> dict[str, torch.Tensor]:
+    """Weights after Align with validation every other step; ``stop`` interrupts the first attempt."""
+    changed = {"learning_rate": 0.01, "evaluate_every": 2, "align_steps": steps, "refine_steps": 1}
+    cache = Cache(features)
+    training = training_in(folder, cache, CONFIG.model_copy(update=changed))
+
+    def interrupt(step: int) -> None:
+        if step == stop:
+            raise Interrupted("killed")
+
+    if stop is not None:
+        with pytest.raises(Interrupted, match="killed"):
+            train(training, features, Counting(interrupt))
+    train(training, features, Counting())
+    return cache.refreshed[-1][1]
+
+
+def test_the_best_weights_are_kept(tmp_path: Path, noisy: CachedFeatures) -> None:
+    """Steps after the best evaluation leave no trace."""
+    long = aligned(tmp_path / "long", noisy, 40)
+    entries = [e for e in logged(tmp_path / "long") if e["phase"] == "align" and e["event"] == "evaluate"]
+    best = min(entries, key=lambda entry: float(str(entry["validation_loss"])))
+    assert 4 <= int(str(best["step"])) <= 36
+    assert float(str(entries[-1]["validation_loss"])) > 1.02 * float(str(best["validation_loss"]))
+    short = aligned(tmp_path / "short", noisy, int(str(best["step"])))
+    assert all(torch.equal(value, short[name]) for name, value in long.items())
+
+
+@pytest.mark.parametrize("stop", [15, 16, 29])
+def test_interrupted_while_validation_gets_worse(tmp_path: Path, noisy: CachedFeatures, stop: int) -> None:
+    """It goes on from the last weights and not from the best ones: validation losses after that are the same."""
+    expected = aligned(tmp_path / "whole", noisy, 30)
+    found = aligned(tmp_path / "cut", noisy, 30, stop)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    last = [
+        [e for e in logged(tmp_path / name) if (e["phase"], e["event"], e["step"]) == ("align", "evaluate", 30)][-1]
+        for name in ("whole", "cut")
+    ]
+    assert last[0] == last[1]
+
+
+def test_max_epochs_bounds_the_steps(tmp_path: Path) -> None:
+    """228 of 240 rows train, 48 a step: five steps an epoch."""
+    _, _, reporter = run(tmp_path, align_steps=500, refine_steps=7, max_epochs=3)
+    assert reporter.stages == [("train: align", 15), ("train: refine", 7)]
+    assert reporter.steps == 22
+
+
+def test_single_stream_is_refined_only(tmp_path: Path) -> None:
+    features = cached(single_stream=True)
+    cache, reporter = Cache(features), Counting()
+    config = CONFIG.model_copy(update={"learning_rate": 0.03})
+    model, last = train(training_in(tmp_path, cache, config), features, reporter)
+    assert reporter.stages == [("train: refine", 17)]
+    assert cache.refreshed == []
+    assert last.operator_id == "first"
+    cells = last.cells(np.arange(20), torch.device("cpu"))
+    latent = model(cells.anchor, cells.variant)
+    assert torch.equal(latent.fused, latent.anchor)
+    assert not same_weights(model, build_model(features, CONFIG, 0))
+
+
+def gradients(phase: str) -> dict[str, float]:
+    """Largest gradient of each part of the model after one loss."""
+    features = cached()
+    model = build_model(features, CONFIG, 0)
+    own, other = (features.cells(rows, torch.device("cpu")) for rows in (np.arange(30), np.arange(30, 60)))
+    torch.autograd.backward((align_loss if phase == "align" else refine_loss)(model, own, other, CONFIG))
+    found: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        size = 0.0 if parameter.grad is None else float(parameter.grad.abs().max())
+        found[name.split(".")[0]] = max(found.get(name.split(".")[0], 0.0), size)
+    assert not any(values.requires_grad for cells in (own, other) for values in (cells.anchor, cells.variant))
+    return found
+
+
+def test_align_teaches_variants_and_not_anchors() -> None:
+    found = gradients("align")
+    assert found["variant_encoder"] > 1e-6
+    assert {part for part, size in found.items() if size} == {"variant_encoder"}
+
+
+def test_refine_reaches_every_part() -> None:
+    assert min(gradients("refine").values()) > 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(10, 3_000), st.integers(0, 2**31))
+def test_split_is_disjoint_and_covers(n: int, seed: int) -> None:
+    rows_train, rows_valid = split_rows(n, seed)
+    assert sorted([*rows_train.tolist(), *rows_valid.tolist()]) == list(range(n))
+    assert len(rows_valid) == max(2, int(0.05 * n))
+    assert (np.diff(rows_train) > 0).all()
+    assert (np.diff(rows_valid) > 0).all()
+    again = split_rows(n, seed)
+    assert all(map(np.array_equal, again, (rows_train, rows_valid)))
+
+
+def test_split_of_many_cells() -> None:
+    rows_train, rows_valid = split_rows(100_000, 0)
+    assert (len(rows_train), len(rows_valid)) == (98_000, 2_000)
+    assert not np.array_equal(rows_valid, split_rows(100_000, 1)[1])
