@@ -6,7 +6,7 @@ A stage reads only what the ones before it published, so that any of them can be
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,95 +18,107 @@ from schelix_scale.errors import DataError
 from schelix_scale.publish import create_array
 from schelix_scale.run import RunDirectory
 
+if TYPE_CHECKING:
+    from schelix_scale.features.streams import Streams
+    from schelix_scale.genes.partition import Partition
+    from schelix_scale.genes.sketch import Sketch
+    from schelix_scale.graph.cache import OperatorCache
+
 FEATURES = {"anchor": "features/anchor.npy", "anchor_corrected": "features/anchor_corrected.npy"}
 ROW, BATCH = "schelix_row", "schelix_batch"
 MIN_GENES = 20
+CLUSTER_DIMS = 50
 VARIANT = {"variant": "features/variant.npy"}
 
 
 def find_genes(context: Context, directory: RunDirectory) -> None:
     """Write genes.parquet, streams.npz and cells.parquet: gene roles, projections and correction from the sketch."""
-    from schelix_scale.features.projection import fit_projection
-    from schelix_scale.features.streams import fit_streams
-    from schelix_scale.genes.partition import ANCHOR, VARIANT, partition_genes
-    from schelix_scale.genes.sketch import draw_sketch, sketch_size
-    from schelix_scale.genes.variable import variable_genes
+    from schelix_scale.genes.partition import ANCHOR, VARIANT
 
-    config, store, batches, say = context.config, context.store, context.batches, context.reporter.say
+    config = context.config
     inputs = {"source": context.source_fingerprint, "cells": context.cells_hash, "seed": config.seed}
     inputs |= {"data": config.data, "sketch": config.sketch, "genes": config.genes, "features": config.features}
 
     def make(_: str) -> tuple[list[str], dict[str, Any]]:
-        budget = int(SKETCH_SHARE * context.budget)
-        with context.reporter.stage("sketch", sketch_size(store, config.sketch, budget)) as progress:
-            sketch = draw_sketch(
-                store,
-                batches.codes,
-                batches.names,
-                config.sketch,
-                budget,
-                config.data.values,
-                config.seed,
-                progress.advance,
-            )
-        say(f"values are {sketch.values.reason}")
-        with context.reporter.stage("genes", config.genes.iterations + 2, "steps") as progress:
-            level_n = None if context.level_n is None else context.level_n[sketch.rows]
-            hvg = variable_genes(sketch.x_ng, sketch.batch_n, config.genes.n_hvg, config.genes.min_batch_cells)
-            if len(hvg) < MIN_GENES:
-                raise DataError(
-                    f"{store.source}: only {len(hvg)} genes are found in 3 cells or more; {MIN_GENES} are needed. "
-                    "Check that cells are rows and genes are columns."
-                )
-            progress.advance(1)
-            partition = partition_genes(
-                sketch.x_ng,
-                store.gene_names,
-                hvg,
-                sketch.batch_n,
-                lambda genes: fit_projection(sketch.x_ng, genes, 50, config.features.scale_power)[1],
-                config.genes,
-                config.seed,
-                context.threads,
-                level_n,
-                progress.advance,
-            )
-            streams = fit_streams(
-                sketch.x_ng,
-                sketch.batch_n,
-                len(batches.names),
-                partition,
-                config.features,
-                config.seed,
-                context.threads,
-            )
-        anchors, variants = len(partition.positions(ANCHOR)), len(partition.positions(VARIANT))
-        _say_partition(context, partition.signal, partition.single_stream, anchors, variants, partition.cut)
-        empty = int((partition.genes["mean"] == 0).sum())
-        if empty:
-            say(f"{empty:,} of {len(partition.genes):,} genes are zero in every sketched cell and play no role")
-        with directory.publish("genes.parquet") as path:
-            partition.genes.to_parquet(path)
-        with directory.publish("streams.npz") as path:
-            streams.save(path)
-        with directory.publish("cells.parquet") as path:
-            _cell_table(context).to_parquet(path)
+        sketch = _draw(context)
+        partition, streams = _fit(context, sketch)
         details = {
             "values": sketch.values.kind,
             "values_reason": sketch.values.reason,
             "sketch_cells": len(sketch.rows),
-            "hvg": len(hvg),
-            "anchors": anchors,
-            "variants": variants,
+            "anchors": len(partition.positions(ANCHOR)),
+            "variants": len(partition.positions(VARIANT)),
             "batch_signal": partition.signal,
             "single_stream": partition.single_stream,
             "rounds": partition.rounds,
             "cut": partition.cut,
             "dims": streams.dims,
         }
+        _say_genes(context, partition.genes, details)
+        with directory.publish("genes.parquet") as path:
+            partition.genes.to_parquet(path)
+        with directory.publish("streams.npz") as path:
+            streams.save(path)
+        with directory.publish("cells.parquet") as path:
+            _cell_table(context).to_parquet(path)
         return ["genes.parquet", "streams.npz", "cells.parquet"], details
 
     context.run_stage(directory, "genes", 1, inputs, [], make)
+
+
+def _draw(context: Context) -> Sketch:
+    """Read the sketch and say what its values are."""
+    from schelix_scale.genes.sketch import draw_sketch, sketch_size
+
+    config, store, batches = context.config, context.store, context.batches
+    budget = int(SKETCH_SHARE * context.budget)
+    with context.reporter.stage("sketch", sketch_size(store, config.sketch, budget)) as progress:
+        sketch = draw_sketch(
+            store,
+            batches.codes,
+            batches.names,
+            config.sketch,
+            budget,
+            config.data.values,
+            config.seed,
+            progress.advance,
+        )
+    context.reporter.say(f"values are {sketch.values.reason}")
+    return sketch
+
+
+def _fit(context: Context, sketch: Sketch) -> tuple[Partition, Streams]:
+    """Choose and divide the genes, then fit what turns any cell into stream features."""
+    from schelix_scale.features.projection import fit_projection
+    from schelix_scale.features.streams import fit_streams
+    from schelix_scale.genes.partition import partition_genes
+    from schelix_scale.genes.variable import variable_genes
+
+    config, x_ng, batch_n = context.config, sketch.x_ng, sketch.batch_n
+    with context.reporter.stage("genes", config.genes.iterations + 2, "steps") as progress:
+        hvg = variable_genes(x_ng, batch_n, config.genes.n_hvg, config.genes.min_batch_cells)
+        if len(hvg) < MIN_GENES:
+            raise DataError(
+                f"{context.store.source}: only {len(hvg)} genes are found in 3 cells or more; {MIN_GENES} are needed. "
+                "Check that cells are rows and genes are columns."
+            )
+        progress.advance(1)
+        partition = partition_genes(
+            x_ng,
+            context.store.gene_names,
+            hvg,
+            batch_n,
+            lambda genes: fit_projection(x_ng, genes, CLUSTER_DIMS, config.features.scale_power)[1],
+            config.genes,
+            config.seed,
+            context.threads,
+            None if context.level_n is None else context.level_n[sketch.rows],
+            progress.advance,
+        )
+        n_batches = len(context.batches.names)
+        streams = fit_streams(x_ng, batch_n, n_batches, partition, config.features, config.seed, context.threads)
+        progress.advance(1)
+    return partition, streams
 
 
 def write_stream_features(context: Context, directory: RunDirectory) -> None:
@@ -224,7 +236,7 @@ def embed_cells(context: Context, directory: RunDirectory) -> None:
 STAGES = (find_genes, write_stream_features, build_graph, train_model, embed_cells)
 
 
-def open_cache(context: Context, directory: RunDirectory) -> Any:
+def open_cache(context: Context, directory: RunDirectory) -> OperatorCache:
     """Open the operator cache of a run whose features are written."""
     from schelix_scale.graph.cache import OperatorCache
 
@@ -238,17 +250,21 @@ def open_cache(context: Context, directory: RunDirectory) -> Any:
     return OperatorCache(directory.path, features, context.batches.codes, graph, 0.0 if single else graph.theta)
 
 
-def _say_partition(context: Context, signal: float, single: bool, anchors: int, variants: int, cut: float) -> None:
-    if single:
+def _say_genes(context: Context, genes: pd.DataFrame, details: dict[str, Any]) -> None:
+    signal = details["batch_signal"]
+    if details["single_stream"]:
         context.reporter.warn(
             f"no batch signal beyond chance ({signal:.4f} of the variance inside clusters, the least that counts is "
             f"{context.config.genes.min_signal}): single stream, nothing is corrected"
         )
     else:
         context.reporter.say(
-            f"{anchors:,} Anchors and {variants:,} Variants (cut at rho {cut:.2f}); batches explain {signal:.1%} of "
-            "the variance inside clusters beyond chance"
+            f"{details['anchors']:,} Anchors and {details['variants']:,} Variants (cut at rho {details['cut']:.2f}); "
+            f"batches explain {signal:.1%} of the variance inside clusters beyond chance"
         )
+    empty = int((genes["mean"] == 0).sum())
+    if empty:
+        context.reporter.say(f"{empty:,} of {len(genes):,} genes are zero in every sketched cell and play no role")
 
 
 def _cell_table(context: Context) -> pd.DataFrame:
