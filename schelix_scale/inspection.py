@@ -41,13 +41,13 @@ SKETCH_BYTES_PER_CELL = 4_000  # components, Harmony's soft clusters
 GRAPH_BYTES_PER_NEIGHBOR = 48  # indices, distances and weights while the operator is made
 SKETCH_SHARE, PASS_SHARE = 0.4, 0.25  # of the memory budget, as in the stages
 # Time in seconds, of one core unless said otherwise.
-BASE_SECONDS = 12.0  # imports, compilation, small steps
+BASE_SECONDS = 6.0  # imports, compilation, small steps
 SECONDS_PER_VALUE = 4e-8  # read, check, normalise and project a stored value; shared by the cores
-SECONDS_PER_SKETCH_CELL = 1e-3  # a round of PCA, Harmony, k-means and partition
+SECONDS_PER_SKETCH_CELL = 2.5e-4  # a round of PCA, Harmony, k-means and partition
 SECONDS_PER_PAIR = 4e-10  # exact search; shared by the cores
 COMPILATION_SECONDS = 25.0  # of pynndescent
 SECONDS_PER_NEIGHBOR = 8e-6  # pynndescent; shared by the cores
-SECONDS_PER_STEP = 0.16  # a training step of 1,024 cells; shared by the cores
+SECONDS_PER_STEP = 0.02  # a training step of 1,024 cells, which more cores do not speed up
 SECONDS_PER_EMBEDDED_CELL = 3e-5  # diffuse and embed
 
 
@@ -167,9 +167,7 @@ def estimate_costs(store: CellStore, config: Config) -> tuple[int, float]:
     seconds = BASE_SECONDS + (sketch + n) * per_cell * SECONDS_PER_VALUE / cores
     seconds += sketch * SECONDS_PER_SKETCH_CELL * config.genes.iterations
     seconds += search / cores + (0 if exact else COMPILATION_SECONDS)
-    seconds += (
-        train.enabled * steps * SECONDS_PER_STEP * train.batch_size / 1024 / cores + n * SECONDS_PER_EMBEDDED_CELL
-    )
+    seconds += train.enabled * steps * SECONDS_PER_STEP * train.batch_size / 1024 + n * SECONDS_PER_EMBEDDED_CELL
     return int(memory), float(seconds)
 
 
