@@ -127,7 +127,7 @@ def integrate(
     device: Annotated[
         str | None, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps.", metavar="NAME")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run of other settings in RUN.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over: remove the run that is in RUN.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Integrate the batches of SOURCE into one embedding of all its cells.

@@ -137,7 +137,7 @@ class Config(_Settings):
 
 
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-_NOT_RESULTS = frozenset({"max_memory"})
+_MAY_CHANGE = frozenset({"max_memory", "device"})
 
 
 def parse_bytes(text: str) -> int:
@@ -190,9 +190,13 @@ def _cgroup_limits(root: Path, membership: Path) -> Iterator[int]:
 
 
 def config_differences(a: Config | Mapping[str, Any], b: Config | Mapping[str, Any]) -> list[str]:
-    """Return what changes the results from ``a`` to ``b``, such as ``graph.k: 30 -> 15`` (`max_memory` does not)."""
+    """Return what differs from ``a`` to ``b``, such as ``graph.k: 30 -> 15``.
+
+    ``max_memory`` and ``device`` are left out: a run goes on with others of them. (A sketch of another size, which
+    less memory can mean, is noticed by the stage that draws it.)
+    """
     old, new = _flat(a), _flat(b)
-    keys = [key for key in {**old, **new} if key not in _NOT_RESULTS]
+    keys = [key for key in {**old, **new} if key not in _MAY_CHANGE]
     return [
         f"{key}: {_shown(old.get(key, ...))} -> {_shown(new.get(key, ...))}"
         for key in keys

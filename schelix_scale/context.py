@@ -9,15 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from schelix_scale.compute import thread_count
 from schelix_scale.config import Config, memory_budget
+from schelix_scale.errors import DataError
+from schelix_scale.genes.sketch import sketch_size
 from schelix_scale.progress import Reporter
 from schelix_scale.run import RunDirectory, StageRecord
 from schelix_scale.stores.base import CellStore
 from schelix_scale.stores.batches import Batches, read_batches
 
 SKETCH_SHARE = 0.4
+ROW, BATCH = "schelix_row", "schelix_batch"
+PLAIN = ("string", "boolean", "integer", "floating", "mixed-integer-float", "empty")
 PASS_SHARE = 0.25
 
 Make = Callable[[str], tuple[list[str], dict[str, Any]]]
@@ -60,13 +65,35 @@ class Context:
             The batch key or a protected column is missing or cannot be used.
         """
         batches = read_batches(store, config.data.batch_key)
-        levels = None
-        if config.data.protect:
-            columns = store.obs(config.data.protect).astype(str)
-            levels = columns.agg(" | ".join, axis=1).factorize(sort=True)[0].astype(np.int32)
+        if store.n_cells <= config.graph.k:
+            raise DataError(
+                f"{store.source} has {store.n_cells} cells; graph.k = {config.graph.k} neighbours need more. "
+                f"Lower it: --set graph.k={max(2, store.n_cells // 4)}."
+            )
+        _check_obs_names(store, config)
+        levels = _protected_levels(store, config)
         return cls(
             store, config, reporter, batches, levels, thread_count(config), memory_budget(config), store.fingerprint()
         )
+
+    @property
+    def sketch_cells(self) -> int:
+        """Cells of the sketch, as the settings and the memory budget allow."""
+        return sketch_size(self.store, self.config.sketch, int(SKETCH_SHARE * self.budget))
+
+    def obs(self) -> pd.DataFrame:
+        """Read the obs columns that are carried into the run, in forms that parquet and zarr can hold."""
+        columns = self.config.data.obs_columns
+        if columns is not None:
+            columns = tuple(dict.fromkeys([self.config.data.batch_key, *columns]))
+        table = self.store.obs(columns).copy()
+        for name in table.columns:
+            if not _storable(table[name]):
+                self.reporter.say(f"obs column {name!r} ({table[name].dtype}) is carried along as text")
+                table[name] = table[name].astype(str)
+        table.columns = [str(name).replace("/", "_") for name in table.columns]
+        table.index.name = None
+        return table
 
     @property
     def cells_hash(self) -> str:
@@ -107,3 +134,46 @@ class Context:
             "operator_id": directory.record("train").details["operator_id"],
             "seconds": round(sum(record.seconds for record in directory.records()), 1),
         }
+
+
+def _protected_levels(store: CellStore, config: Config) -> np.ndarray | None:
+    """Code the combinations of the protected columns, (n,) int32."""
+    protect = config.data.protect
+    if not protect:
+        return None
+    if config.data.batch_key in protect:
+        raise DataError(f"protect: {config.data.batch_key!r} is the batch key; what is protected cannot be the batch.")
+    columns = store.obs(protect)
+    missing = np.flatnonzero(columns.isna().any(axis=1).to_numpy())
+    if len(missing):
+        first = ", ".join(map(str, columns.index[missing[:3]]))
+        raise DataError(
+            f"{store.source}: the protected columns {', '.join(protect)} have no value in {len(missing)} of "
+            f"{store.n_cells} cells (first: {first}). Fill them in, or drop those cells."
+        )
+    codes, _ = columns.astype(str).agg(" | ".join, axis=1).factorize(sort=True)
+    return np.asarray(codes, dtype=np.int32)
+
+
+def _check_obs_names(store: CellStore, config: Config) -> None:
+    """Refuse obs columns that cannot stand beside ours, before anything is computed."""
+    names = [str(name) for name in config.data.obs_columns or store.obs_columns]
+    taken = sorted({ROW, BATCH} & set(names))
+    written = [name.replace("/", "_") for name in names]
+    clash = sorted({name for name in written if written.count(name) > 1})
+    if taken or clash:
+        raise DataError(
+            f"{store.source}: obs columns {', '.join(taken or clash)} cannot be kept: "
+            f"{'the names are ours' if taken else 'they have the same name once / is written as _'}. "
+            "Rename them, or choose columns with data.obs_columns."
+        )
+
+
+def _storable(column: pd.Series) -> bool:
+    """Whether parquet and zarr both hold a column as it is."""
+    kind = column.dtype
+    if isinstance(kind, pd.CategoricalDtype):
+        return kind.categories.dtype.kind in "OUSbiuf" and pd.api.types.infer_dtype(kind.categories) in PLAIN
+    if kind.kind == "O":
+        return pd.api.types.infer_dtype(column, skipna=True) in ("string", "boolean", "empty")
+    return kind.kind in "biufUS"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,9 +24,9 @@ SHOWN_BATCHES = 10
 def print_run(run: Run, out: str) -> None:
     """Print where the embedding is, what was found, how long it took, and what to do next."""
     summary, console = run.manifest["summary"], _console()
-    embedding = Path(out) / "embedding.zarr"
+    folder = Path(out).expanduser()
+    embedding = folder / "embedding.zarr"
     source = Path(run.manifest["source"]["uri"])
-    suffix = ".zarr" if source.is_dir() else ".h5ad"
     shape = f"{summary['cells']:,} cells x {summary['dims']}"
     _line(console, "embedding", f"{embedding}, obsm['X_schelix']: {shape}")
     _line(console, "cells", f"{summary['cells']:,} in {summary['batches']:,} batches")
@@ -33,7 +34,10 @@ def print_run(run: Run, out: str) -> None:
     _line(console, "values", summary["values_reason"])
     _line(console, "time", _times(run))
     _line(console, "next", f"anndata.read_zarr({str(embedding)!r})  in Python")
-    _line(console, "", f"schelix export {out} {source.stem}-integrated{suffix}  a copy of your file with the embedding")
+    if source.is_absolute() and source.exists():  # else there is no file to copy
+        copy = f"{source.stem}-integrated{'.zarr' if source.is_dir() else '.h5ad'}"
+        command = f"schelix export {shlex.quote(str(folder))} {shlex.quote(copy)}"
+        _line(console, "", f"{command}  a copy of your file with the embedding")
 
 
 def print_inspection(found: Inspection) -> None:

@@ -47,7 +47,7 @@ def integrate(
     config
         Settings, or the path of a TOML file of settings.
     overwrite
-        Replace a run of other settings in ``out``.
+        Start over: remove the run that is in ``out``.
     reporter
         Where progress goes; standard error by default.
     **settings
@@ -122,5 +122,5 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _uri(store: CellStore) -> str:
-    path = Path(store.source)
+    path = Path(store.source).expanduser()
     return str(path.resolve()) if path.exists() else store.source

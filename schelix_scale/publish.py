@@ -20,6 +20,7 @@ import numpy as np
 
 from schelix_scale.errors import RunError
 
+_OLD = ".old.partial"
 _PARTIAL = re.compile(r"\.partial(\.[^.]+)?$")
 _FULL = {
     errno.ENOSPC: "no space left",
@@ -47,6 +48,7 @@ def publish(target: Path) -> Iterator[Path]:
     partial = partial_path(target)
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        _put_back(target)
         remove(partial)
     try:
         with disk_errors(target):
@@ -57,6 +59,7 @@ def publish(target: Path) -> Iterator[Path]:
             _move_into_place(partial, target)
     except BaseException:
         remove(partial)
+        _put_back(target)
         raise
 
 
@@ -83,8 +86,11 @@ def create_array(path: Path, shape: tuple[int, ...], dtype: np.typing.DTypeLike)
 
 
 def remove_partials(directory: Path) -> None:
-    """Remove what an interrupted `publish` left anywhere in ``directory``."""
+    """Remove what an interrupted `publish` left anywhere in ``directory``; what it moved aside is put back."""
     for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            if name.endswith(_OLD):
+                _put_back(Path(folder, name.removesuffix(_OLD)))
         for name in [name for name in (*folders, *files) if _PARTIAL.search(name)]:
             remove(Path(folder, name))
         folders[:] = [name for name in folders if not _PARTIAL.search(name) and not name.endswith(".zarr")]
@@ -165,7 +171,7 @@ def _mount(folder: Path) -> Path:
 def _move_into_place(partial: Path, target: Path) -> None:
     """Rename; a directory cannot replace another in one step, so the old one steps aside first."""
     if target.is_dir() or (partial.is_dir() and target.exists()):
-        old = target.with_name(f"{target.name}.old.partial")
+        old = _old_path(target)
         remove(old)
         target.rename(old)
         partial.rename(target)
@@ -174,6 +180,18 @@ def _move_into_place(partial: Path, target: Path) -> None:
     else:
         partial.replace(target)
         sync(target.parent)
+
+
+def _put_back(target: Path) -> None:
+    """Undo the first rename of `_move_into_place` if its second one never came."""
+    old = _old_path(target)
+    if os.path.lexists(old) and not os.path.lexists(target):
+        old.rename(target)
+        sync(target.parent)
+
+
+def _old_path(target: Path) -> Path:
+    return target.with_name(target.name + _OLD)
 
 
 def _files(path: Path) -> Iterator[Path]:

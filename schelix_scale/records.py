@@ -109,6 +109,11 @@ def read_header(run: Path) -> dict[str, Any]:
     return dict(header)
 
 
+def recorded_stages(run: Path) -> list[str]:
+    """Return the names of the stages that have a record, damaged or not."""
+    return sorted(path.stem for path in (run / "stages").glob("*.json") if "." not in path.stem)
+
+
 def refuse_foreign(path: Path) -> None:
     """Raise a `RunError` if ``path`` exists and is neither a run nor an empty directory."""
     if path.exists() and not path.is_dir():

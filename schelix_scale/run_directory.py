@@ -30,6 +30,7 @@ from schelix_scale.records import (
     clear,
     read_header,
     read_json,
+    recorded_stages,
     refuse_foreign,
     refuse_other,
 )
@@ -46,10 +47,12 @@ class RunDirectory:
     def claim(cls, path: str | Path, config: Config, source: Mapping[str, Any], overwrite: bool = False) -> Self:
         """Start a run in ``path``, or resume the one that is there with the same settings and cells.
 
+        A run of other settings in which no stage was finished is started anew: nothing of it would be lost.
+
         Parameters
         ----------
         path
-            The directory; made if it is not there.
+            The directory, ``~`` included; made if it is not there.
         config
             Settings of the run.
         source
@@ -60,9 +63,9 @@ class RunDirectory:
         Raises
         ------
         RunError
-            The directory is something else, holds a run of other settings, or another process is filling it.
+            The directory is something else, holds stages of other settings, or another process is filling it.
         """
-        root = Path(path)
+        root = _expanded(path)
         refuse_foreign(root)
         try:
             with files.disk_errors(root / "run.json"):
@@ -76,7 +79,7 @@ class RunDirectory:
                 there = read_header(root)
                 if overwrite:
                     clear(root)
-                else:
+                elif recorded_stages(root) or (root / "manifest.json").exists():
                     refuse_other(root, there, config, source)
             header = {"format": FORMAT, "schelix_version": __version__, "config": config, "source": dict(source)}
             files.write_json(root / "run.json", header)
@@ -94,7 +97,7 @@ class RunDirectory:
         RunError
             ``path`` is not a run, is not finished, is of another version, or another process is filling it.
         """
-        root = Path(path)
+        root = _expanded(path)
         if not (root / "run.json").is_file():
             raise RunError(f"{root} is not a run: it has no run.json. Give the directory that -o named.")
         header = read_header(root)
@@ -124,14 +127,21 @@ class RunDirectory:
         self.close()
 
     def fingerprint(self, stage: str, version: int, inputs: Mapping[str, Any], after: Sequence[str] = ()) -> str:
-        """Return the sha256 of a stage's code ``version``, its inputs, and the recorded stages it comes ``after``.
+        """Return the sha256 of a stage's code ``version``, its inputs, and what the stages it comes ``after`` made.
+
+        A predecessor counts with its own fingerprint and the checksums of its artifacts, so that a stage is done
+        again when what it read is rebuilt differently.
 
         Raises
         ------
         RunError
             A stage of ``after`` is not recorded.
         """
-        content = [stage, version, inputs, [self.record(name).fingerprint for name in after]]
+        made = [
+            [record.fingerprint, sorted((artifact.path, artifact.sha256) for artifact in record.artifacts)]
+            for record in map(self.record, after)
+        ]
+        content = [stage, version, inputs, made]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), default=files.jsonable)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -191,7 +201,7 @@ class RunDirectory:
 
     def records(self) -> list[StageRecord]:
         """Return the records of all finished stages, in the order in which they finished."""
-        return sorted((self.record(stage) for stage in self._recorded()), key=lambda record: record.finished)
+        return sorted((self.record(stage) for stage in recorded_stages(self.path)), key=lambda record: record.finished)
 
     def invalidate(self, stage: str) -> None:
         """Forget that a stage is done, so that it is done again."""
@@ -222,7 +232,7 @@ class RunDirectory:
                 listed = dict(read_json(self.path / "manifest.json")["stages"])
             except (RunError, KeyError, TypeError) as error:
                 problems.append(f"{self.path / 'manifest.json'} is damaged ({error}). Delete it. {AGAIN}.")
-        for stage in {**dict.fromkeys(listed or ()), **dict.fromkeys(self._recorded())}:
+        for stage in {**dict.fromkeys(listed or ()), **dict.fromkeys(recorded_stages(self.path))}:
             problems += self._verify_stage(stage, listed)
         return problems
 
@@ -242,9 +252,6 @@ class RunDirectory:
                 problems.append(f"{where} (made by stage {stage}) {damage}. {remedy} to rebuild it.")
         return problems
 
-    def _recorded(self) -> list[str]:
-        return sorted(path.stem for path in (self.path / "stages").glob("*.json") if "." not in path.stem)
-
     def _record_path(self, stage: str) -> Path:
         if not re.fullmatch(r"[a-z0-9_-]+", stage):
             raise ValueError(f"{stage!r} cannot name a stage; use lower-case letters, digits, _ and -.")
@@ -258,3 +265,10 @@ class RunDirectory:
     def _writable(self) -> None:
         if self._lock is None:
             raise RunError(f"the run {self.path} is open for reading. Open it with claim, or with writable=True.")
+
+
+def _expanded(path: str | Path) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise RunError(f"{path} names a home directory that is not known ({error}). Write the path in full.") from error

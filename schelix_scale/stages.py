@@ -13,7 +13,7 @@ import pandas as pd
 
 from schelix_scale._version import __version__
 from schelix_scale.compute import resolve_device
-from schelix_scale.context import PASS_SHARE, SKETCH_SHARE, Context
+from schelix_scale.context import BATCH, PASS_SHARE, ROW, Context
 from schelix_scale.errors import DataError
 from schelix_scale.publish import create_array
 from schelix_scale.run import RunDirectory
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from schelix_scale.graph.cache import OperatorCache
 
 FEATURES = {"anchor": "features/anchor.npy", "anchor_corrected": "features/anchor_corrected.npy"}
-ROW, BATCH = "schelix_row", "schelix_batch"
 MIN_GENES = 20
 CLUSTER_DIMS = 50
 VARIANT = {"variant": "features/variant.npy"}
@@ -38,6 +37,7 @@ def find_genes(context: Context, directory: RunDirectory) -> None:
     config = context.config
     inputs = {"source": context.source_fingerprint, "cells": context.cells_hash, "seed": config.seed}
     inputs |= {"data": config.data, "sketch": config.sketch, "genes": config.genes, "features": config.features}
+    inputs["sketch_cells"] = context.sketch_cells
 
     def make(_: str) -> tuple[list[str], dict[str, Any]]:
         sketch = _draw(context)
@@ -49,6 +49,7 @@ def find_genes(context: Context, directory: RunDirectory) -> None:
             "anchors": len(partition.positions(ANCHOR)),
             "variants": len(partition.positions(VARIANT)),
             "batch_signal": partition.signal,
+            "comparable": partition.comparable,
             "single_stream": partition.single_stream,
             "rounds": partition.rounds,
             "cut": partition.cut,
@@ -68,17 +69,21 @@ def find_genes(context: Context, directory: RunDirectory) -> None:
 
 def _draw(context: Context) -> Sketch:
     """Read the sketch and say what its values are."""
-    from schelix_scale.genes.sketch import draw_sketch, sketch_size
+    from schelix_scale.genes.sketch import draw_sketch
 
-    config, store, batches = context.config, context.store, context.batches
-    budget = int(SKETCH_SHARE * context.budget)
-    with context.reporter.stage("sketch", sketch_size(store, config.sketch, budget)) as progress:
+    config, store, batches, size = context.config, context.store, context.batches, context.sketch_cells
+    if size < min(store.n_cells, config.sketch.max_cells):
+        context.reporter.warn(
+            f"memory allows a sketch of {size:,} cells, not sketch.max_cells = {config.sketch.max_cells:,}; "
+            f"sketch.max_cells={size} gives the same result on a machine with more memory"
+        )
+    with context.reporter.stage("sketch", size) as progress:
         sketch = draw_sketch(
             store,
             batches.codes,
             batches.names,
             config.sketch,
-            budget,
+            size,
             config.data.values,
             config.seed,
             progress.advance,
@@ -162,6 +167,8 @@ def build_graph(context: Context, directory: RunDirectory) -> None:
         return cache.artifacts(name), {"operator_id": name, "audit": audit.to_dict()}
 
     inputs = {"graph": config, "seed": context.config.seed}
+    if choose_method(context.store.n_cells, config) == "pynndescent":
+        inputs["threads"] = context.threads  # another number of them finds other neighbours
     context.run_stage(directory, "graph", 1, inputs, ["features"], make)
 
 
@@ -169,7 +176,7 @@ def train_model(context: Context, directory: RunDirectory) -> None:
     """Train the dual-stream model on the cached features: checkpoints/, and refreshed operators."""
     import torch
 
-    from schelix_scale.training.checkpoint import TrainState, save_checkpoint
+    from schelix_scale.training.checkpoint import TrainState, checkpoint_name, clear_checkpoints, save_checkpoint
     from schelix_scale.training.loop import Training, build_model, train, weights
     from schelix_scale.training.refresh import Refresh, open_features
 
@@ -185,12 +192,19 @@ def train_model(context: Context, directory: RunDirectory) -> None:
             training = Training(
                 config.train, config.seed, device, folder, fingerprint, refresh, lambda name: open_features(cache, name)
             )
-            _, features = train(training, features, context.reporter)
+            model, features = train(training, features, context.reporter)
+            last = checkpoint_name(len(training.phases(model)), 0)
         else:
-            model = weights(build_model(features, config.train, config.seed))
-            save_checkpoint(folder, TrainState(0, 0, first, 0.0, 0, model, model, None), fingerprint)
+            start = weights(build_model(features, config.train, config.seed))
+            clear_checkpoints(folder)
+            last = save_checkpoint(folder, TrainState(0, 0, first, 0.0, 0, start, start, None), fingerprint).name
         fresh = [] if features.operator_id == first else cache.artifacts(features.operator_id)
-        return ["checkpoints", *fresh], {"operator_id": features.operator_id, "device": str(device), "key": fingerprint}
+        return ["checkpoints", *fresh], {
+            "operator_id": features.operator_id,
+            "checkpoint": last,
+            "device": str(device),
+            "key": fingerprint,
+        }
 
     inputs = {"train": config.train, "seed": config.seed}
     context.run_stage(directory, "train", 1, inputs, ["graph"], make)
@@ -211,7 +225,7 @@ def embed_cells(context: Context, directory: RunDirectory) -> None:
         details = directory.record("train").details
         device = torch.device(resolve_device(config.device))
         features = open_features(open_cache(context, directory), details["operator_id"])
-        state = final_checkpoint(directory.path / "checkpoints", details["key"])
+        state = final_checkpoint(directory.path / "checkpoints" / details["checkpoint"], details["key"])
         model = build_model(features, config.train, config.seed).to(device)
         model.load_state_dict(state.model)
         keys = output_keys(model, config.train.enabled, config.embed.streams)
@@ -252,7 +266,12 @@ def open_cache(context: Context, directory: RunDirectory) -> OperatorCache:
 
 def _say_genes(context: Context, genes: pd.DataFrame, details: dict[str, Any]) -> None:
     signal = details["batch_signal"]
-    if details["single_stream"]:
+    if details["comparable"] == 0:
+        context.reporter.warn(
+            "no cluster holds two batches: batches and cell types cannot be told apart, so nothing is corrected "
+            "(single stream)"
+        )
+    elif details["single_stream"]:
         context.reporter.warn(
             f"no batch signal beyond chance ({signal:.4f} of the variance inside clusters, the least that counts is "
             f"{context.config.genes.min_signal}): single stream, nothing is corrected"
@@ -269,15 +288,7 @@ def _say_genes(context: Context, genes: pd.DataFrame, details: dict[str, Any]) -
 
 def _cell_table(context: Context) -> pd.DataFrame:
     """Row number, batch code and the chosen obs columns of every cell."""
-    columns = context.config.data.obs_columns
-    if columns is not None:
-        columns = tuple(dict.fromkeys([context.config.data.batch_key, *columns]))
-    table = context.store.obs(columns).copy()
-    for name in table.select_dtypes("object").columns:
-        if pd.api.types.infer_dtype(table[name], skipna=True) not in ("string", "boolean"):
-            context.reporter.say(f"obs column {name!r} holds mixed types and is carried along as text")
-            table[name] = table[name].astype(str)
+    table = context.obs()
     table.insert(0, ROW, np.arange(len(table)))
     table.insert(1, BATCH, context.batches.codes)
-    table.index.name = "cell"
     return table

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from schelix_scale import __version__
 from schelix_scale.cli import app
+from schelix_scale.output import print_run
 from schelix_scale.run import Run
 
 PYTHON = [sys.executable, "-m", "schelix_scale"]
@@ -119,6 +121,28 @@ def test_integrate_says_where_the_embedding_is(finished: tuple[Path, Any]) -> No
     assert all(f"{stage} " in shown.stdout for stage in run.manifest["stages"])
     assert "embed: done" in shown.stderr
     assert list(ad.read_zarr(out / "embedding.zarr").obs["type"]) == list(cells().obs["type"])
+
+
+def test_the_next_command_can_be_pasted(
+    finished: tuple[Path, Any], source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, odd = Run.open(finished[0]), tmp_path / "my cells; v2.h5ad"
+    odd.symlink_to(source)
+    run.manifest["source"]["uri"] = str(odd)
+    print_run(run, "my runs/$1")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "schelix export" in line]
+    assert shlex.split(line)[:4] == ["schelix", "export", "my runs/$1", "my cells; v2-integrated.h5ad"]
+    for none in ("AnnData in memory", str(tmp_path / "gone.h5ad")):
+        run.manifest["source"]["uri"] = none
+        print_run(run, "~/run")
+        shown = capsys.readouterr().out
+        assert "export" not in shown
+        assert f"read_zarr('{Path.home()}/run/embedding.zarr')" in shown
+
+
+def test_overwrite_says_that_the_run_is_removed() -> None:
+    shown = CliRunner().invoke(app, ["integrate", "--help"], env={"COLUMNS": "200"}).output
+    assert "Start over: remove the run that is in RUN." in shown
 
 
 def test_the_same_command_again_skips_everything(source: Path, finished: tuple[Path, Any]) -> None:

@@ -108,9 +108,19 @@ def test_verify_compares_records_with_the_manifest(finished: Path) -> None:
 
 
 def test_what_verify_tells_to_delete_is_rebuilt(finished: Path) -> None:
+    kept = (finished / "genes.parquet").read_bytes()
     (finished / "genes.parquet").unlink()
     with pytest.raises(RunError, match=r"has lost genes\.parquet"):
         _ = Run.open(finished).genes
     with RunDirectory.claim(finished, Config(seed=2), SOURCE) as run:
         assert not run.is_done("genes", run.fingerprint("genes", 1, {}))
-        assert run.is_done("embed", run.fingerprint("embed", 1, {}, ["genes"]))
+        embed = run.fingerprint("embed", 1, {}, ["genes"])
+        assert run.is_done("embed", embed)
+        cells = (finished / "cells.parquet").read_bytes()
+        for genes, same in ((b"rebuilt", False), (kept, True)):
+            run.begin("genes")
+            for name, content in (("genes.parquet", genes), ("cells.parquet", cells)):
+                with run.publish(name) as path:
+                    path.write_bytes(content)
+            run.finish("genes", run.fingerprint("genes", 1, {}), ["genes.parquet", "cells.parquet"], 0.1)
+            assert run.is_done("embed", run.fingerprint("embed", 1, {}, ["genes"])) == same

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -286,3 +287,81 @@ def test_settings_from_a_config_object_and_keywords_are_merged() -> None:
     config = schelix_scale.Config(seed=3, graph={"k": 11})  # type: ignore[arg-type]
     merged = merge_settings(config, "donor", {"graph__theta": 0.5, "seed": 4})
     assert (merged.seed, merged.graph.k, merged.graph.theta, merged.data.batch_key) == (4, 11, 0.5, "donor")
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.9])
+def test_many_small_batches_are_compared_all_the_same(tmp_path: Path, strength: float) -> None:
+    cells = make_cells(n_types=4, n_batches=30, per_group=4, n_genes=150, batch_strength=strength)
+    obs = pd.DataFrame({"batch": [f"b{b}" for b in cells.batch_n]}, index=[f"c{i}" for i in range(len(cells.batch_n))])
+    adata = anndata.AnnData(sparse.csr_matrix(cells.counts_ng.astype(np.float32)), obs=obs)
+    assert run(adata, tmp_path / "run").manifest["summary"]["single_stream"] is (strength == 0)
+
+
+def test_batches_that_share_no_cluster_are_named_as_such(tmp_path: Path) -> None:
+    adata = make_adata(batch_strength=0.0)
+    profiles = np.random.default_rng(0).lognormal(0, 3, (3, adata.n_vars))
+    codes = adata.obs["batch"].cat.codes.to_numpy()
+    counts = np.random.default_rng(1).poisson(profiles[codes] / profiles.sum(axis=1)[codes, None] * 3000)
+    counts[:, 0] += 1
+    adata.X = sparse.csr_matrix(counts.astype(np.float32))
+    reporter = QuietReporter()
+    integrate(adata, batch_key="batch", out=tmp_path / "run", reporter=reporter, **{**SMALL, "genes.iterations": 1})
+    assert any("cannot be told apart" in message or "Anchors" in message for message in reporter.messages)
+    assert not any("beyond chance (" in message for message in reporter.messages)
+
+
+def test_awkward_obs_columns_come_along(tmp_path: Path) -> None:
+    adata = make_adata()
+    n = adata.n_obs
+    adata.obs["cell"] = np.arange(n)
+    adata.obs["when"] = pd.date_range("2020-01-01", periods=n)
+    adata.obs["bin"] = pd.cut(np.arange(n), 4)
+    adata.obs["span"] = pd.to_timedelta(np.arange(n), unit="s")
+    adata.obs["mixed"] = [1, "a"] * (n // 2)
+    adata.obs["CD4/CD8"] = 1.5
+    adata.obs["maybe"] = pd.array([True, None] * (n // 2), dtype="boolean")
+    result = run(adata, tmp_path / "run").to_anndata().obs
+    assert result["cell"].tolist() == list(range(n))
+    assert result["when"].astype(str).tolist()[0].startswith("2020-01-01")
+    assert result["mixed"].astype(str).tolist()[:2] == ["1", "a"]
+    assert (result["CD4_CD8"] == 1.5).all()
+    assert {"bin", "span", "maybe", "batch"} <= set(result.columns)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_computed(source: Path, tmp_path: Path) -> None:
+    adata = make_adata()
+    adata.obs["schelix_row"] = 1
+    with pytest.raises(DataError, match="schelix_row"):
+        run(adata, tmp_path / "run")
+    with pytest.raises(DataError, match=r"--set graph\.k="):
+        run(source, tmp_path / "run", **{"graph.k": 400})
+    adata = make_adata()
+    adata.obs["condition"] = [np.nan, *adata.obs["condition"][1:]]
+    with pytest.raises(DataError, match=r"condition have no value in 1 of 360 cells \(first: cell0\)"):
+        run(adata, tmp_path / "run", data__protect=("condition",))
+    with pytest.raises(DataError, match="is the batch key"):
+        run(source, tmp_path / "run", data__protect=("batch",))
+    assert not (tmp_path / "run").exists()
+
+
+def test_less_memory_means_a_smaller_sketch_and_is_said(tmp_path: Path) -> None:
+    cells = make_cells(n_types=4, n_batches=3, per_group=100, n_genes=150)
+    obs = pd.DataFrame({"batch": [f"b{b}" for b in cells.batch_n]}, index=[f"c{i}" for i in range(len(cells.batch_n))])
+    adata = anndata.AnnData(sparse.csr_matrix(cells.counts_ng.astype(np.float32)), obs=obs)
+    reporter = QuietReporter()
+    integrate(adata, batch_key="batch", out=tmp_path / "run", reporter=reporter, max_memory="10MB", **SMALL)
+    assert any("memory allows a sketch of 1,000 cells" in message for message in reporter.messages)
+    reporter = QuietReporter()
+    integrate(adata, batch_key="batch", out=tmp_path / "run", reporter=reporter, max_memory="8GB", **SMALL)
+    assert not any(message.endswith("skipped") for message in reporter.messages), "the sketch is another"
+
+
+def test_a_damaged_final_checkpoint_is_not_replaced_by_an_older_one(source: Path, tmp_path: Path) -> None:
+    finished = run(source, tmp_path / "run")
+    state = sorted(finished.path.glob("checkpoints/step-*"))[-1] / "state.pt"
+    state.write_bytes(bytes(state.stat().st_size))
+    shutil.rmtree(finished.path / "embedding.zarr")
+    with pytest.raises(schelix_scale.SchelixError, match=r"is damaged .*Delete .*checkpoints"):
+        run(source, tmp_path / "run")
+    shutil.rmtree(finished.path / "checkpoints")
+    assert run(source, tmp_path / "run").verify() == []

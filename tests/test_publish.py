@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import schelix_scale.publish as publishing
 from schelix_scale.config import Config
 from schelix_scale.errors import RunError
 from schelix_scale.publish import create_array, publish
@@ -45,6 +46,52 @@ def test_a_directory_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
         path.mkdir()
         (path / "d").write_text("d")
     assert tree(tmp_path) == {"t.zarr/d": b"d"}
+
+
+REPLACE_A_DIRECTORY = """
+root = Path(sys.argv[1])
+from schelix_scale.publish import publish
+for content in ("old", "new"):
+    with publish(root / "t.zarr") as path:
+        path.mkdir()
+        (path / "a").write_text(content)
+        if content == "new":
+            rename = Path.rename
+            def once(path, target):
+                rename(path, target)
+                os.kill(os.getpid(), signal.SIGKILL)
+            Path.rename = once
+"""
+
+
+@pytest.mark.parametrize("way", ["publish", "sweep"])
+def test_what_stepped_aside_comes_back_after_a_kill(tmp_path: Path, way: str) -> None:
+    killed(REPLACE_A_DIRECTORY, tmp_path)
+    assert tree(tmp_path) == {"t.zarr.old.partial/a": b"old", "t.partial.zarr/a": b"new"}
+    if way == "sweep":
+        publishing.remove_partials(tmp_path)
+    else:
+        with pytest.raises(RunError, match="nothing was written"), publish(tmp_path / "t.zarr"):
+            assert (tmp_path / "t.zarr" / "a").read_text() == "old"
+    assert tree(tmp_path) == {"t.zarr/a": b"old"}
+
+
+def test_what_stepped_aside_comes_back_when_the_second_rename_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "a").write_text("old")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "t.partial":
+            raise PermissionError("refused")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(PermissionError, match="refused"), publish(tmp_path / "t") as path:
+        path.mkdir()
+    assert tree(tmp_path) == {"t/a": b"old"}
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])

@@ -36,7 +36,8 @@ def test_the_same_run_is_resumed_whatever_the_memory(tmp_path: Path) -> None:
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
-    RunDirectory.claim(tmp_path, load_config(overrides=["graph.k=30"]), SOURCE).close()
+    with RunDirectory.claim(tmp_path, load_config(overrides=["graph.k=30"]), SOURCE) as run:
+        fill(run)
     before = tree(tmp_path)
     message = r"\(graph\.k: 30 -> 15; seed: 0 -> 4\)|\(seed: 0 -> 4; graph\.k: 30 -> 15\).*-o.*--overwrite"
     with pytest.raises(RunError, match=message):
@@ -46,6 +47,30 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
             tmp_path, load_config(overrides=["graph.k=30"]), {**SOURCE, "layer": "raw", "fingerprint": "def"}
         )
     assert tree(tmp_path) == before
+
+
+def test_a_run_without_a_finished_stage_takes_other_settings(tmp_path: Path) -> None:
+    RunDirectory.claim(tmp_path, Config(seed=1), SOURCE).close()
+    (tmp_path / "notes.txt").write_text("of the user")
+    other = {**SOURCE, "fingerprint": "def"}
+    RunDirectory.claim(tmp_path, Config(seed=2), other).close()
+    run = RunDirectory.open(tmp_path)
+    assert (run.config.seed, run.source) == (2, other)
+    assert (tmp_path / "notes.txt").exists()
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(RunError, match="other settings"):
+        RunDirectory.claim(tmp_path, Config(seed=3), SOURCE)
+
+
+def test_the_home_directory_may_be_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    RunDirectory.claim("~/out", Config(), SOURCE).close()
+    assert RunDirectory.open("~/out").path == tmp_path / "home" / "out"
+    assert not (tmp_path / "~").exists()
+    with pytest.raises(RunError, match="~nobody-of-this-name/out names a home directory that is not known"):
+        RunDirectory.claim("~nobody-of-this-name/out", Config(), SOURCE)
 
 
 def test_overwrite_replaces_a_run_of_ours(tmp_path: Path) -> None:
@@ -119,7 +144,8 @@ def test_two_processes_do_not_fill_the_same_run(tmp_path: Path) -> None:
 
 
 def test_a_refused_claim_keeps_no_lock(tmp_path: Path) -> None:
-    RunDirectory.claim(tmp_path, Config(), SOURCE).close()
+    with RunDirectory.claim(tmp_path, Config(), SOURCE) as run:
+        fill(run)
     with pytest.raises(RunError, match="other settings"):
         RunDirectory.claim(tmp_path, Config(seed=1), SOURCE)
     RunDirectory.claim(tmp_path, Config(), SOURCE).close()
@@ -148,6 +174,22 @@ def test_fingerprints_depend_on_everything_that_is_named(run: RunDirectory) -> N
         run.fingerprint("graph", 1, {}, ["features"])
     with pytest.raises(TypeError, match="cannot be written as JSON"):
         run.fingerprint("graph", 1, {"f": object()})
+
+
+def test_a_stage_follows_what_its_predecessors_made(run: RunDirectory) -> None:
+    def after_genes(*contents: tuple[str, bytes]) -> str:
+        for name, content in contents:
+            with run.publish(name) as path:
+                path.write_bytes(content)
+        run.finish("genes", "same inputs", [name for name, _ in contents], 0.0)
+        return run.fingerprint("graph", 1, {}, ["genes"])
+
+    first = after_genes(("a.bin", b"1"), ("b.bin", b"2"))
+    assert after_genes(("b.bin", b"2"), ("a.bin", b"1")) == first
+    assert after_genes(("a.bin", b"3"), ("b.bin", b"2")) != first
+    sha = hashlib.sha256(b"1").hexdigest()
+    expected = f'["graph",1,{{}},[["same inputs",[["a.bin","{sha}"]]]]]'
+    assert after_genes(("a.bin", b"1")) == hashlib.sha256(expected.encode()).hexdigest()
 
 
 def test_fingerprint_is_the_sha256_of_canonical_json(run: RunDirectory) -> None:
@@ -189,11 +231,21 @@ def test_begin_makes_the_run_unfinished_and_sweeps(run: RunDirectory) -> None:
     (run.path / "features").mkdir()
     (run.path / "features" / "anchor.partial.npy").write_bytes(b"left")
     (run.path / "embedding.partial.zarr" / "obsm").mkdir(parents=True)
+    (run.path / "embedding.zarr").mkdir()
     (run.path / "embedding.zarr.old.partial").mkdir()
     (run.path / "partial.txt").write_text("not a leftover")
     run.begin("graph")
     names = {path.relative_to(run.path).as_posix() for path in run.path.rglob("*")}
-    assert names == {".lock", "run.json", "stages", "stages/genes.json", "features", "genes.bin", "partial.txt"}
+    assert names == {
+        ".lock",
+        "run.json",
+        "stages",
+        "stages/genes.json",
+        "features",
+        "genes.bin",
+        "partial.txt",
+        "embedding.zarr",
+    }
     assert run.is_done("genes", done)
 
 

@@ -34,8 +34,11 @@ class Partition:
         are NaN and ``unused`` for genes that are not highly variable.
     signal
         Share of variance inside clusters that batches explain beyond chance; see `batch_signal`.
+    comparable
+        Share of the sketch's cells in clusters that hold two batches or more.
     single_stream
-        True if there is no batch signal: all highly variable genes are Anchors, nothing is corrected.
+        True if there is no batch signal, or nothing to measure it on: all highly variable genes are Anchors,
+        nothing is corrected.
     rounds
         Rounds of clustering that were made.
     cut
@@ -44,6 +47,7 @@ class Partition:
 
     genes: pd.DataFrame
     signal: float
+    comparable: float
     single_stream: bool
     rounds: int
     cut: float
@@ -95,7 +99,7 @@ def partition_genes(
         _check_comparable(cluster_n, batch_n, level_n)
         if rounds == 1:
             signal = batch_signal(values, cluster_n, batch_n, level_n, found, config.permutations, seed)
-            if signal <= config.min_signal:
+            if signal <= config.min_signal or found.comparable == 0:
                 return _assemble(x_ng, gene_names, hvg, found, np.arange(len(hvg)), signal, True, rounds, 1.0)
         advance(1)
         previous, anchors = anchors, choose_anchors(found.rho, found.gamma, config)
@@ -194,4 +198,4 @@ def _assemble(
     role[hvg] = VARIANT
     role[hvg[anchors]] = ANCHOR
     genes["role"] = pd.Categorical(role, categories=[ANCHOR, VARIANT, UNUSED])
-    return Partition(genes, signal, single_stream, rounds, cut)
+    return Partition(genes, signal, found.comparable, single_stream, rounds, cut)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-MIN_CELLS = 10
+MIN_CELLS, FEWEST_CELLS = 10, 2
+COVERED = 0.5
 TINY = 1e-12
 
 
@@ -23,11 +24,14 @@ class Sensitivity:
         Between clusters.
     within
         Residual variance inside (cluster, batch) cells.
+    comparable
+        Share of the cells that are in a cluster (and level) with two batches or more to compare.
     """
 
     beta: np.ndarray
     gamma: np.ndarray
     within: np.ndarray
+    comparable: float
 
     @property
     def rho(self) -> np.ndarray:
@@ -41,7 +45,9 @@ def batch_sensitivity(
     """Decompose each gene's variance by a one-way layout of batches inside clusters.
 
     Cluster by cluster, so memory is (batches, g) and not (clusters, batches, g). Cells of the same cluster
-    and batch form a group; groups of fewer than 10 cells are left out.
+    and batch form a group; groups of fewer than 10 cells are left out, or of fewer than 2 if that would leave
+    less than half of the cells to compare: the estimates are free of noise for any size, small groups only make
+    them less precise.
 
     Parameters
     ----------
@@ -57,6 +63,9 @@ def batch_sensitivity(
     -----
     beta_g = max(0, (sum_cb n_cb (m_cb - m_c)^2 - df w_g) / N), gamma_g = max(eps, (sum_c n_c (m_c - m)^2 - C w_g) / N)
     """
+    min_cells = MIN_CELLS
+    if comparable_share(cluster_n, batch_n, level_n, MIN_CELLS) < COVERED:
+        min_cells = FEWEST_CELLS
     g = x_ng.shape[1]
     between = np.zeros(g)
     residual = np.zeros(g)
@@ -69,7 +78,7 @@ def batch_sensitivity(
         levels = np.zeros(len(members), int) if level_n is None else level_n[members]
         cluster_sum, cluster_size = np.zeros(g), 0
         for level in np.unique(levels):
-            groups = _group_moments(x_ng, members[levels == level], batch_n)
+            groups = _group_moments(x_ng, members[levels == level], batch_n, min_cells)
             if groups is None:
                 continue
             size_b, sum_bg, square_bg = groups
@@ -87,21 +96,32 @@ def batch_sensitivity(
             total += cluster_sum
             n_cells += cluster_size
     if not n_cells:
-        return Sensitivity(np.zeros(g), np.full(g, TINY), np.zeros(g))
+        return Sensitivity(np.zeros(g), np.full(g, TINY), np.zeros(g), 0.0)
     within = residual / max(n_cells - n_groups, 1)
     mean = total / n_cells
     across = (np.asarray(sizes)[:, None] * (np.asarray(means) - mean) ** 2).sum(axis=0)
     beta = np.maximum(0.0, (between - (n_groups - n_clusters) * within) / n_cells)
     gamma = np.maximum(TINY, (across - len(means) * within) / n_cells)
-    return Sensitivity(beta, gamma, within)
+    return Sensitivity(beta, gamma, within, comparable_share(cluster_n, batch_n, level_n, min_cells))
+
+
+def comparable_share(cluster_n: np.ndarray, batch_n: np.ndarray, level_n: np.ndarray | None, min_cells: int) -> float:
+    """Share of cells in a cluster (and level) where two batches or more have ``min_cells`` cells."""
+    levels = np.zeros_like(cluster_n) if level_n is None else level_n
+    groups, sizes = np.unique(np.column_stack([cluster_n, levels, batch_n]), axis=0, return_counts=True)
+    groups, sizes = groups[sizes >= min_cells], sizes[sizes >= min_cells]
+    if not len(groups):
+        return 0.0
+    _, stratum, n_batches = np.unique(groups[:, :2], axis=0, return_inverse=True, return_counts=True)
+    return float(sizes[n_batches[stratum.ravel()] >= 2].sum() / len(cluster_n))
 
 
 def _group_moments(
-    x_ng: sparse.csr_matrix, members: np.ndarray, batch_n: np.ndarray
+    x_ng: sparse.csr_matrix, members: np.ndarray, batch_n: np.ndarray, min_cells: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Sizes (b,), sums (b, g) and sums of squares (b, g) of the batches with enough of these cells."""
     batches, codes, counts = np.unique(batch_n[members], return_inverse=True, return_counts=True)
-    keep = counts >= MIN_CELLS
+    keep = counts >= min_cells
     if not keep.any():
         return None
     indicator = sparse.csr_matrix(

@@ -14,7 +14,7 @@ from schelix_scale.genes.normalize import log_normalize
 from schelix_scale.genes.variable import variable_genes
 from schelix_scale.stores.base import CellStore
 from schelix_scale.stores.checks import check_block
-from schelix_scale.stores.values import ValueDecision, decide_values
+from schelix_scale.stores.values import ValueDecision, ValueKind, decide_values
 
 BLOCK_CELLS = 5_000
 BYTES_PER_VALUE = 48
@@ -57,12 +57,12 @@ def draw_sketch(
     batch_n: np.ndarray,
     batch_names: list[str],
     config: SketchConfig,
-    budget: int,
+    size: int,
     values: Literal["auto", "counts", "linear", "log"],
     seed: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Sketch:
-    """Read a sample of cells, stratified by batch; all cells if they fit.
+    """Read a sample of ``size`` cells, stratified by batch; all cells if there are no more.
 
     Batches are represented in proportion to the square root of their size. Of a larger store, a share
     ``rare_fraction`` is drawn a second time, evenly over regions of expression space among further random
@@ -74,7 +74,6 @@ def draw_sketch(
         Values that cannot be integrated: NaN, negative, empty cells, mixed kinds.
     """
     rng = np.random.default_rng([seed, 0x5CE7C4])
-    size = sketch_size(store, config, budget)
     every = size >= store.n_cells
     first = np.arange(store.n_cells) if every else _stratified(batch_n, int(size * (1 - config.rare_fraction)), rng)
     raw = _read(store, first, advance)
@@ -84,8 +83,10 @@ def draw_sketch(
     if not every and size > len(first):
         rest = np.setdiff1d(np.arange(store.n_cells, dtype=np.int64), first, assume_unique=True)
         pool = np.sort(rng.choice(rest, min(POOL_FACTOR * size, len(rest)), replace=False))
-        rare = _evenly(store, pool, size - len(first), x_ng, batch_n[first], decision, rng)
-        x_ng = sparse.vstack([x_ng, log_normalize(_read(store, rare, advance), decision.kind)], format="csr")
+        rare = _evenly(store, pool, size - len(first), x_ng, batch_n[first], decision, rng, lambda _: None)
+        x_ng = sparse.vstack(
+            [x_ng, log_normalize(_read(store, rare, advance, decision.kind), decision.kind)], format="csr"
+        )
         first = np.concatenate([first, rare])
         order = np.argsort(first)
         first, x_ng = first[order], x_ng[order]
@@ -128,6 +129,7 @@ def _evenly(
     batch_n: np.ndarray,
     decision: ValueDecision,
     rng: np.random.Generator,
+    advance: Callable[[int], None],
 ) -> np.ndarray:
     """Choose ``total`` of the pool's rows, spread evenly over regions of the space of the cells in ``x_ng``."""
     from sklearn.cluster import MiniBatchKMeans
@@ -140,19 +142,21 @@ def _evenly(
     regions.fit(space.transform(x_ng[:, genes]))
     codes = np.empty(len(pool), np.int32)
     for start in range(0, len(pool), BLOCK_CELLS):
-        block = log_normalize(store.read(pool[start : start + BLOCK_CELLS]), decision.kind)
+        block = log_normalize(_read(store, pool[start : start + BLOCK_CELLS], advance, decision.kind), decision.kind)
         codes[start : start + BLOCK_CELLS] = regions.predict(space.transform(block[:, genes]))
     quota = allocate(np.bincount(codes, minlength=len(regions.cluster_centers_)), total, 0.0)
     chosen = [rng.choice(pool[codes == region], count, replace=False) for region, count in enumerate(quota) if count]
     return np.sort(np.concatenate(chosen))
 
 
-def _read(store: CellStore, rows: np.ndarray, advance: Callable[[int], None]) -> sparse.csr_matrix:
+def _read(
+    store: CellStore, rows: np.ndarray, advance: Callable[[int], None], values: ValueKind | None = None
+) -> sparse.csr_matrix:
     blocks = []
     for start in range(0, len(rows), BLOCK_CELLS):
         part = rows[start : start + BLOCK_CELLS]
         block = store.read(part)
-        check_block(block, part, store)
+        check_block(block, part, store, values)
         blocks.append(block)
         advance(len(part))
     return sparse.vstack(blocks, format="csr")

@@ -15,6 +15,7 @@ from scipy import sparse
 from schelix_scale.graph.knn import Neighbors
 
 BLOCK_CELLS = 20_000
+SHARE_VALUES = 4_000_000
 TINY = 1e-8
 
 
@@ -88,9 +89,10 @@ def build_operator(neighbors: Neighbors, batch_n: np.ndarray, theta: float, kern
 def _batch_share(batch_mk: np.ndarray) -> np.ndarray:
     """Share of each neighbour's batch among the neighbours of its row, (m, k)."""
     share = np.empty(batch_mk.shape)
-    for start in range(0, len(batch_mk), 2_000):
-        rows = batch_mk[start : start + 2_000]
-        share[start : start + 2_000] = (rows[:, :, None] == rows[:, None, :]).mean(axis=2)
+    step = max(1, SHARE_VALUES // batch_mk.shape[1] ** 2)
+    for start in range(0, len(batch_mk), step):
+        rows = batch_mk[start : start + step]
+        share[start : start + step] = (rows[:, :, None] == rows[:, None, :]).mean(axis=2)
     return share
 
 

@@ -68,7 +68,7 @@ class DualStream(nn.Module):
     anchor_dims, variant_dims
         Input dimensions of the streams; ``variant_dims`` 0 makes a single-stream model.
     anchor_scale, variant_scale
-        RMS norm of the last hop of each stream, by which its inputs are divided.
+        RMS norm of the last hop of each stream under the first operator, by which its inputs are divided.
     config
         Widths and bounds.
     """

@@ -71,7 +71,7 @@ def likely_batch_columns(store: CellStore, asked: str) -> list[str]:
     found = []
     for name in store.obs_columns:
         column = store.obs([name])[name]
-        if name != asked and not _is_float(column) and 2 <= column.nunique() <= most:
+        if name != asked and not _is_float(column) and 2 <= _distinct(column) <= most:
             found.append(name)
     return sorted(found, key=lambda name: -_resemblance(name.lower(), asked.lower()))
 
@@ -80,7 +80,13 @@ def _encode(column: pd.Series, what: str, store: CellStore) -> tuple[np.ndarray,
     """Return codes (n,) int32 and sorted names, or raise for values that are missing or continuous."""
     if _is_float(column):
         _check_not_continuous(column, what)
-    raw, values = pd.factorize(column)
+    try:
+        raw, values = pd.factorize(column)
+    except TypeError as error:
+        kind = type(column.iloc[0]).__name__
+        raise DataError(
+            f"{what} holds values that cannot name batches (first: a {kind}). Choose another column, or make it text."
+        ) from error
     texts = np.array([str(value) for value in values], dtype=object)
     blank = np.array([not text.strip() for text in texts], dtype=bool)
     missing = np.flatnonzero(np.r_[blank, True][raw])
@@ -104,6 +110,14 @@ def _check_not_continuous(column: pd.Series, what: str) -> None:
             f"{what} looks continuous: {len(values)} distinct values of type {column.dtype} (first: {examples}). "
             f"A batch key names groups of cells; choose another column, or cut this one into groups as text."
         )
+
+
+def _distinct(column: pd.Series) -> int:
+    """Return the number of distinct values; 0 for values such as lists, which cannot name batches."""
+    try:
+        return int(column.nunique())
+    except TypeError:
+        return 0
 
 
 def _is_float(column: pd.Series) -> bool:

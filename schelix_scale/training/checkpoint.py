@@ -47,7 +47,7 @@ class TrainState:
 
 def save_checkpoint(folder: Path, state: TrainState, fingerprint: str) -> Path:
     """Write ``folder/step-PP-SSSSSS/state.pt`` and drop all but the last two."""
-    target = folder / f"step-{state.phase:02d}-{state.step:06d}"
+    target = folder / checkpoint_name(state.phase, state.step)
     with publish(target) as partial:
         partial.mkdir()
         torch.save({"format": FORMAT, "fingerprint": fingerprint, **vars(state)}, partial / "state.pt")
@@ -59,15 +59,9 @@ def save_checkpoint(folder: Path, state: TrainState, fingerprint: str) -> Path:
 def latest_checkpoint(folder: Path, fingerprint: str) -> TrainState | None:
     """Read the newest readable checkpoint of this training (by its fingerprint); None if there is none."""
     for path in reversed(_checkpoints(folder)):
-        try:
-            found = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError):
-            continue
-        if isinstance(found, dict) and (found.pop("format", None), found.pop("fingerprint", None)) == (
-            FORMAT,
-            fingerprint,
-        ):
-            return TrainState(**found)
+        state = _read(path, fingerprint)
+        if state is not None:
+            return state
     return None
 
 
@@ -77,18 +71,36 @@ def clear_checkpoints(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def final_checkpoint(folder: Path, fingerprint: str) -> TrainState:
-    """Read the newest checkpoint, which is the last one if the training is finished.
+def final_checkpoint(path: Path, fingerprint: str) -> TrainState:
+    """Read exactly this checkpoint of a finished training; an older one would give another embedding.
 
     Raises
     ------
     TrainingError
-        There is none that can be read.
+        It cannot be read, or is of another training.
     """
-    state = latest_checkpoint(folder, fingerprint)
+    state = _read(path, fingerprint)
     if state is None:
-        raise TrainingError(f"{folder} holds no readable checkpoint of this run. Run `schelix integrate` again.")
+        raise TrainingError(
+            f"the checkpoint {path} is damaged or of another training. "
+            f"Delete {path.parent} and run the same `schelix integrate` command again."
+        )
     return state
+
+
+def checkpoint_name(phase: int, step: int) -> str:
+    """Name the folder of a checkpoint; names sort by progress."""
+    return f"step-{phase:02d}-{step:06d}"
+
+
+def _read(path: Path, fingerprint: str) -> TrainState | None:
+    try:
+        found = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError):
+        return None
+    if not isinstance(found, dict) or (found.pop("format", 0), found.pop("fingerprint", "")) != (FORMAT, fingerprint):
+        return None
+    return TrainState(**found)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

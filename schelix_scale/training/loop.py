@@ -26,7 +26,7 @@ from schelix_scale.training.checkpoint import TrainState, clear_checkpoints, lat
 from schelix_scale.training.data import CachedFeatures, Cells
 from schelix_scale.training.plan import Plan
 
-WALK_STEPS = 2
+WALK_STEPS, WALK_TAG = 2, 0x3A1C
 VALIDATION_SHARE = 0.05
 MAX_VALIDATION = 2_000
 SLOW = 0.1
@@ -122,7 +122,7 @@ def _run_phase(
     if state.stale >= config.patience:
         return
     rows_train, rows_valid = split_rows(features.n_cells, training.seed)
-    plan = Plan(len(rows_train), min(config.batch_size, len(rows_train)), training.seed + state.phase)
+    plan = Plan(len(rows_train), min(config.batch_size, len(rows_train)), (training.seed, state.phase))
     budget = min(budget, config.max_epochs * plan.steps_per_epoch)
     model.load_state_dict(state.model)
     optimizer = _optimizer(model, name, config)
@@ -136,7 +136,7 @@ def _run_phase(
             if due and _evaluate(training, model, features, state, name, rows_valid, optimizer):
                 break
             rows = rows_train[plan.rows(state.step)]
-            loss = batch_loss(training, model, features, name, rows, [training.seed, state.phase, state.step])
+            loss = batch_loss(training, model, features, name, rows, [training.seed, WALK_TAG, state.phase, state.step])
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             _require_finite(loss.item(), training, state, name)

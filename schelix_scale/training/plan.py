@@ -7,6 +7,8 @@ from functools import lru_cache
 
 import numpy as np
 
+PLAN_TAG = 0x9A7
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -19,12 +21,12 @@ class Plan:
     batch_size
         Rows of a step; the last step of an epoch may have fewer.
     seed
-        Orders of different seeds are unrelated.
+        Numbers, such as a seed and a phase; orders of different ones are unrelated.
     """
 
     n_rows: int
     batch_size: int
-    seed: int
+    seed: tuple[int, ...]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -39,7 +41,7 @@ class Plan:
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(n_rows: int, seed: int, epoch: int) -> np.ndarray:
-    order = np.random.default_rng([seed, epoch]).permutation(n_rows)
+def _epoch_order(n_rows: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:
+    order = np.random.default_rng([*seed, PLAN_TAG, epoch]).permutation(n_rows)
     order.flags.writeable = False
     return order

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -65,7 +65,8 @@ class Refresh:
         )
         if self.cache.has(name):
             return open_features(self.cache, name)
-        neighbors, audit = self.cache.find(self._anchor_latent(features, model), self.seed, self.threads)
+        with self.reporter.stage(f"refresh: neighbours ({method})", None, "steps"):
+            neighbors, audit = self.cache.find(self._anchor_latent(features, model), self.seed, self.threads)
         fresh = self.cache.operator(neighbors)
         rng = np.random.default_rng([self.seed, 0x1ACC])
         sample = rng.choice(features.n_cells, min(JACCARD_CELLS, features.n_cells), replace=False)
@@ -74,7 +75,10 @@ class Refresh:
             self.reporter.say(f"graph kept: neighbours of the trained Anchors overlap by {overlap:.2f}")
             return features
         self.reporter.say(f"graph refreshed as {name}: neighbours of the trained Anchors overlap by {overlap:.2f}")
-        self.cache.publish(name, blend(features.operator, fresh, self.config.refresh_blend), audit)
+        blended = blend(features.operator, fresh, self.config.refresh_blend)
+        audit = replace(audit, method=f"{audit.method}, before it was blended with {features.operator_id}")
+        with self.reporter.stage("refresh: diffusion", self.cache.work) as progress:
+            self.cache.publish(name, blended, audit, progress.advance)
         return open_features(self.cache, name)
 
     def _anchor_latent(self, features: CachedFeatures, model: DualStream) -> np.ndarray:

@@ -26,7 +26,7 @@ def split(cells: Synthetic, single_stream: bool) -> Partition:
     """The planted roles; each tenth gene is not highly variable."""
     role = np.where(cells.sensitive_g & (not single_stream), "variant", "anchor").astype(object)
     role[::10] = "unused"
-    return Partition(pd.DataFrame({"role": role}), 0.1, single_stream, 1, 0.5)
+    return Partition(pd.DataFrame({"role": role}), 0.1, 1.0, single_stream, 1, 0.5)
 
 
 @pytest.fixture(scope="module")

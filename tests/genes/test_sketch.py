@@ -40,7 +40,7 @@ def test_a_small_store_is_its_own_sketch_and_is_read_once() -> None:
     cells = make_cells(per_group=20)
     store = store_of(cells.counts_ng)
     names = [str(b) for b in range(4)]
-    sketch = draw_sketch(store, cells.batch_n, names, SketchConfig(), LARGE, "auto", 0)
+    sketch = draw_sketch(store, cells.batch_n, names, SketchConfig(), len(cells.batch_n), "auto", 0)
     np.testing.assert_array_equal(sketch.rows, np.arange(len(cells.batch_n)))
     np.testing.assert_allclose(sketch.x_ng.toarray(), dense_log_normalize(cells.counts_ng), rtol=1e-5)
     assert (store.reads == 1).all()
@@ -62,7 +62,7 @@ def large_store(rare: int) -> tuple[CountingStore, np.ndarray, np.ndarray]:
 def test_sketch_of_a_large_store_has_every_batch_and_the_rare_type() -> None:
     store, batch_n, type_n = large_store(rare=12)
     config = SketchConfig(max_cells=1_500, rare_fraction=0.4)
-    sketch = draw_sketch(store, batch_n, ["a", "b", "c"], config, LARGE, "auto", 0)
+    sketch = draw_sketch(store, batch_n, ["a", "b", "c"], config, config.max_cells, "auto", 0)
     assert len(sketch.rows) == 1_500
     assert (np.diff(sketch.rows) > 0).all()
     np.testing.assert_array_equal(sketch.batch_n, batch_n[sketch.rows])
@@ -76,12 +76,12 @@ def test_sketch_of_a_large_store_has_every_batch_and_the_rare_type() -> None:
 def test_reading_is_bounded_and_repeatable() -> None:
     store, batch_n, _ = large_store(rare=12)
     config = SketchConfig(max_cells=1_000)
-    first = draw_sketch(store, batch_n, ["a", "b", "c"], config, LARGE, "auto", 3)
+    first = draw_sketch(store, batch_n, ["a", "b", "c"], config, config.max_cells, "auto", 3)
     assert store.reads.sum() <= 3.2 * config.max_cells
     assert store.largest <= 5_000
-    again = draw_sketch(store, batch_n, ["a", "b", "c"], config, LARGE, "auto", 3)
+    again = draw_sketch(store, batch_n, ["a", "b", "c"], config, config.max_cells, "auto", 3)
     np.testing.assert_array_equal(first.rows, again.rows)
-    other = draw_sketch(store, batch_n, ["a", "b", "c"], config, LARGE, "auto", 4)
+    other = draw_sketch(store, batch_n, ["a", "b", "c"], config, config.max_cells, "auto", 4)
     assert not np.array_equal(first.rows, other.rows)
 
 
@@ -97,4 +97,16 @@ def test_bad_values_are_found_in_the_sketch() -> None:
     cells = make_cells(per_group=10)
     cells.counts_ng[5, 7] = np.nan
     with pytest.raises(DataError, match="NaN"):
-        draw_sketch(store_of(cells.counts_ng), cells.batch_n, list("abcd"), SketchConfig(), LARGE, "auto", 0)
+        draw_sketch(store_of(cells.counts_ng), cells.batch_n, list("abcd"), SketchConfig(), 200, "auto", 0)
+
+
+def test_bad_values_beside_the_first_draw_are_found_too() -> None:
+    store, batch_n, _ = large_store(rare=0)
+    counts = store.store.read(np.arange(12_000)).toarray()
+    counts[:, 5] = np.where(np.arange(12_000) % 7 == 0, -1, counts[:, 5])
+    config = SketchConfig(max_cells=300)
+    clean = draw_sketch(store, batch_n, ["a", "b", "c"], config, 300, "auto", 0)
+    first_only = np.setdiff1d(np.flatnonzero(counts[:, 5] < 0), clean.rows)
+    counts[np.setdiff1d(np.flatnonzero(counts[:, 5] < 0), first_only), 5] = 0
+    with pytest.raises(DataError, match="negative"):
+        draw_sketch(store_of(counts), batch_n, ["a", "b", "c"], config, 300, "auto", 0)

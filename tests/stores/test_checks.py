@@ -85,6 +85,13 @@ class TestBatches:
         with pytest.raises(DataError, match=r"No other obs column looks like batches \(there are: same\)"):
             read_batches(store_of(same=["x"] * 4), "batch")
 
+    def test_columns_of_lists(self) -> None:
+        store = store_of(tags=[["a"], ["b"]] * 2, donor=["x", "y"] * 2)
+        with pytest.raises(DataError, match=r"could name batches: donor \(--batch-key NAME\)"):
+            read_batches(store, "batch")
+        with pytest.raises(DataError, match=r"'tags' holds values that cannot name batches \(first: a list\)"):
+            read_batches(store, "tags")
+
     @pytest.mark.parametrize(
         "column",
         [

@@ -8,6 +8,7 @@ import torch
 from schelix_scale.errors import TrainingError
 from schelix_scale.training.checkpoint import (
     TrainState,
+    checkpoint_name,
     clear_checkpoints,
     final_checkpoint,
     latest_checkpoint,
@@ -62,8 +63,8 @@ def test_states_without_an_optimizer_or_a_loss(tmp_path: Path) -> None:
 
 def test_nothing_there(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path / "none", "abc") is None
-    with pytest.raises(TrainingError, match="holds no readable checkpoint of this run"):
-        final_checkpoint(tmp_path, "abc")
+    with pytest.raises(TrainingError, match="is damaged or of another training"):
+        final_checkpoint(tmp_path / checkpoint_name(2, 0), "abc")
 
 
 @pytest.mark.parametrize(
@@ -109,17 +110,18 @@ TORN = ["missing", "empty", "zeros", "0.1", "0.5", "0.9", "0.999"]
 @pytest.mark.parametrize("how", [*TORN, "text"])
 def test_a_spoiled_checkpoint_gives_way_to_the_one_before(tmp_path: Path, how: str) -> None:
     save_checkpoint(tmp_path, state_at(0, 50), "abc")
-    spoil(save_checkpoint(tmp_path, state_at(0, 100), "abc"), how)
+    newest = save_checkpoint(tmp_path, state_at(0, 100), "abc")
+    check(final_checkpoint(newest, "abc"), 0, 100)
+    spoil(newest, how)
     check(latest_checkpoint(tmp_path, "abc"), 0, 50)
-    check(final_checkpoint(tmp_path, "abc"), 0, 50)
+    with pytest.raises(TrainingError, match="is damaged or of another training"):
+        final_checkpoint(newest, "abc")
 
 
 @pytest.mark.parametrize("how", TORN)
 def test_nothing_readable_is_nothing(tmp_path: Path, how: str) -> None:
     spoil(save_checkpoint(tmp_path, state_at(0, 50), "abc"), how)
     assert latest_checkpoint(tmp_path, "abc") is None
-    with pytest.raises(TrainingError, match="holds no readable checkpoint of this run"):
-        final_checkpoint(tmp_path, "abc")
 
 
 def test_checkpoints_of_another_training_are_passed_over(tmp_path: Path) -> None:

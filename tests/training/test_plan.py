@@ -13,7 +13,7 @@ PLANS = (st.integers(1, 300), st.integers(1, 320), st.integers(0, 2**31))
 @settings(max_examples=100, deadline=None)
 @given(*PLANS, st.integers(0, 5))
 def test_every_epoch_covers_every_row_once(n: int, batch: int, seed: int, epoch: int) -> None:
-    plan = Plan(n, batch, seed)
+    plan = Plan(n, batch, (seed,))
     steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
     parts = [plan.rows(step) for step in steps]
     assert sorted(np.concatenate(parts).tolist()) == list(range(n))
@@ -26,8 +26,8 @@ def test_every_epoch_covers_every_row_once(n: int, batch: int, seed: int, epoch:
 @given(*PLANS, st.lists(st.integers(0, 2_000), min_size=1, max_size=12))
 def test_rows_are_a_pure_function_of_the_step(n: int, batch: int, seed: int, steps: list[int]) -> None:
     """Asked in any order, by any plan of the same settings, a step has the same rows."""
-    in_order = {step: Plan(n, batch, seed).rows(step).tolist() for step in sorted(steps)}
-    plan = Plan(n, batch, seed)
+    in_order = {step: Plan(n, batch, (seed,)).rows(step).tolist() for step in sorted(steps)}
+    plan = Plan(n, batch, (seed,))
     for step in steps:
         assert plan.rows(step).tolist() == in_order[step]
 
@@ -38,7 +38,7 @@ def epoch_of(plan: Plan, epoch: int) -> list[int]:
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    orders = [epoch_of(Plan(200, 32, seed), epoch) for seed in range(3) for epoch in range(4)]
+    orders = [epoch_of(Plan(200, 32, (seed,)), epoch) for seed in range(3) for epoch in range(4)]
     assert len({tuple(order) for order in orders}) == 12
     assert list(range(200)) not in orders
     for a in range(12):
@@ -47,10 +47,14 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 def test_the_order_does_not_depend_on_the_batch_size() -> None:
-    assert epoch_of(Plan(100, 7, 3), 2) == epoch_of(Plan(100, 30, 3), 2)
+    assert epoch_of(Plan(100, 7, (3,)), 2) == epoch_of(Plan(100, 30, (3,)), 2)
 
 
 def test_callers_cannot_change_the_plan() -> None:
-    rows = Plan(50, 10, 0).rows(0)
+    rows = Plan(50, 10, (0,)).rows(0)
     with pytest.raises(ValueError, match="read-only"):
         rows[0] = 7
+
+
+def test_a_phase_of_one_seed_is_not_another_phase_of_the_next() -> None:
+    assert Plan(100, 100, (0, 1)).rows(0).tolist() != Plan(100, 100, (1, 0)).rows(0).tolist()
