@@ -358,6 +358,7 @@ def test_a_killed_run_continues_to_the_same_embedding(
 @pytest.mark.slow
 def test_an_interrupted_run_says_how_to_continue(source: Path, tmp_path: Path) -> None:
     stopped = start_and_signal(source, tmp_path / "run", "genes", signal.SIGINT)
-    assert stopped.returncode == 130, stopped.stderr
+    # CPython ends by the signal itself, which a shell reports as 130 too, if it came while a string was executed
+    assert stopped.returncode in (130, -signal.SIGINT), stopped.stderr
     assert "interrupted: Run the same command again to continue: finished stages are kept." in stopped.stderr
     assert "Traceback" not in stopped.stderr
