@@ -159,8 +159,10 @@ def build_graph(context: Context, directory: RunDirectory) -> None:
         cache = open_cache(context, directory)
         method = choose_method(context.store.n_cells, config)
         name = operator_id({"stage": fingerprint, "threads": context.threads}, method)
-        with context.reporter.stage(f"neighbours ({method})", None, "steps"):
-            neighbors, audit = cache.find(cache.features["anchor"], context.config.seed, context.threads)
+        with context.reporter.stage(f"neighbours ({method})", context.store.n_cells) as progress:
+            neighbors, audit = cache.find(
+                cache.features["anchor"], context.config.seed, context.threads, progress.advance
+            )
         context.reporter.say(f"neighbour recall {audit.recall:.3f} (95 % CI {audit.low:.3f}-{audit.high:.3f})")
         with context.reporter.stage("diffusion", cache.work) as progress:
             cache.publish(name, cache.operator(neighbors), audit, progress.advance)

@@ -63,7 +63,9 @@ class OperatorCache:
         """Whether the operator and its diffused features are there."""
         return all((self.root / path).is_dir() for path in self.artifacts(name))
 
-    def find(self, features_nd: np.ndarray, seed: int, threads: int) -> tuple[Neighbors, Audit]:
+    def find(
+        self, features_nd: np.ndarray, seed: int, threads: int, advance: Callable[[int], None] = lambda _: None
+    ) -> tuple[Neighbors, Audit]:
         """Search and audit neighbours of (n, d) features.
 
         Raises
@@ -72,7 +74,7 @@ class OperatorCache:
             Too few cells, or a recall below ``graph.min_recall``.
         """
         method = choose_method(len(features_nd), self.config)
-        neighbors = find_neighbors(features_nd, self.config.k, method, seed, threads)
+        neighbors = find_neighbors(features_nd, self.config.k, method, seed, threads, advance)
         audit = audit_recall(features_nd, neighbors, self.config.audit_cells, seed)
         require_recall(audit, self.config.min_recall)
         return neighbors, audit

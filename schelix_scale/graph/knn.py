@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from schelix_scale.config import GraphConfig
 from schelix_scale.errors import GraphError
+
+QUERY_CELLS = 2_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,14 @@ def choose_method(n_cells: int, config: GraphConfig) -> str:
     return "exact" if n_cells < config.exact_below else "pynndescent"
 
 
-def find_neighbors(features_nd: np.ndarray, k: int, method: str, seed: int, threads: int) -> Neighbors:
+def find_neighbors(
+    features_nd: np.ndarray,
+    k: int,
+    method: str,
+    seed: int,
+    threads: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Neighbors:
     """Find the k nearest other cells of every cell.
 
     Parameters
@@ -65,8 +75,16 @@ def find_neighbors(features_nd: np.ndarray, k: int, method: str, seed: int, thre
         )
     unit = unit_rows(features_nd)
     if method == "exact":
-        return Neighbors(*exact_neighbors(unit, unit, k, own_rows=np.arange(n)), method)
-    return Neighbors(*_approximate_neighbors(unit, k, seed, threads), method)
+        parts = []
+        for start in range(0, n, QUERY_CELLS):
+            rows = np.arange(start, min(start + QUERY_CELLS, n))
+            parts.append(exact_neighbors(unit[rows], unit, k, own_rows=rows))
+            advance(len(rows))
+        indices, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return Neighbors(indices, distances, method)
+    found = Neighbors(*_approximate_neighbors(unit, k, seed, threads), method)
+    advance(n)
+    return found
 
 
 def exact_neighbors(

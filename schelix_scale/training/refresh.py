@@ -65,8 +65,9 @@ class Refresh:
         )
         if self.cache.has(name):
             return open_features(self.cache, name)
-        with self.reporter.stage(f"refresh: neighbours ({method})", None, "steps"):
-            neighbors, audit = self.cache.find(self._anchor_latent(features, model), self.seed, self.threads)
+        with self.reporter.stage(f"refresh: neighbours ({method})", features.n_cells) as progress:
+            latent = self._anchor_latent(features, model)
+            neighbors, audit = self.cache.find(latent, self.seed, self.threads, progress.advance)
         fresh = self.cache.operator(neighbors)
         rng = np.random.default_rng([self.seed, 0x1ACC])
         sample = rng.choice(features.n_cells, min(JACCARD_CELLS, features.n_cells), replace=False)
