@@ -71,6 +71,9 @@ def _reported(verb: Callable[P, None]) -> Callable[P, None]:
                 "Run the same command again to continue: finished stages are kept." if kept else "Nothing was changed."
             )
             complain("interrupted", hint, "yellow")
+            # Under python -m, CPython ends by SIGINT and not by 130 if the last string it executed (imports do) was
+            # interrupted; executing another one clears that.
+            exec("")
             raise typer.Exit(130) from interrupt
 
     # typer keeps the line breaks of a docstring; paragraphs of one line are wrapped to the terminal

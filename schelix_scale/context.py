@@ -14,16 +14,14 @@ import pandas as pd
 from schelix_scale.compute import thread_count
 from schelix_scale.config import Config, memory_budget
 from schelix_scale.errors import DataError
-from schelix_scale.genes.sketch import sketch_size
+from schelix_scale.genes.sketch import SKETCH_SHARE, sketch_size
 from schelix_scale.progress import Reporter
 from schelix_scale.run import RunDirectory, StageRecord
 from schelix_scale.stores.base import CellStore
 from schelix_scale.stores.batches import Batches, read_batches
 
-SKETCH_SHARE = 0.4
 ROW, BATCH = "schelix_row", "schelix_batch"
 PLAIN = ("string", "boolean", "integer", "floating", "mixed-integer-float", "empty")
-PASS_SHARE = 0.25
 
 Make = Callable[[str], tuple[list[str], dict[str, Any]]]
 

@@ -16,9 +16,9 @@ from scipy import sparse
 from schelix_scale.config import Config, memory_budget
 from schelix_scale.errors import DataError
 from schelix_scale.features.onepass import BYTES_PER_VALUE as PASS_BYTES_PER_VALUE
-from schelix_scale.features.onepass import block_size
+from schelix_scale.features.onepass import PASS_SHARE, block_size
 from schelix_scale.genes.sketch import BYTES_PER_VALUE as SKETCH_BYTES_PER_VALUE
-from schelix_scale.genes.sketch import allocate, sketch_size
+from schelix_scale.genes.sketch import SKETCH_SHARE, allocate, sketch_size
 from schelix_scale.provenance import available_cores
 from schelix_scale.publish import size_of
 from schelix_scale.stores import CellStore, open_store
@@ -39,7 +39,6 @@ BASE_BYTES = 700e6
 BYTES_PER_CELL = 300  # names, obs, batch codes
 SKETCH_BYTES_PER_CELL = 4_000  # components, Harmony's soft clusters
 GRAPH_BYTES_PER_NEIGHBOR = 48  # indices, distances and weights while the operator is made
-SKETCH_SHARE, PASS_SHARE = 0.4, 0.25  # of the memory budget, as in the stages
 # Time in seconds, of one core unless said otherwise.
 BASE_SECONDS = 6.0  # imports, compilation, small steps
 SECONDS_PER_VALUE = 4e-8  # read, check, normalise and project a stored value; shared by the cores

@@ -13,7 +13,7 @@ import pandas as pd
 
 from schelix_scale._version import __version__
 from schelix_scale.compute import resolve_device
-from schelix_scale.context import BATCH, PASS_SHARE, ROW, Context
+from schelix_scale.context import BATCH, ROW, Context
 from schelix_scale.errors import DataError
 from schelix_scale.publish import create_array
 from schelix_scale.run import RunDirectory
@@ -128,7 +128,7 @@ def _fit(context: Context, sketch: Sketch) -> tuple[Partition, Streams]:
 
 def write_stream_features(context: Context, directory: RunDirectory) -> None:
     """Write features/*.npy in one pass over all cells."""
-    from schelix_scale.features.onepass import OnePass, write_features
+    from schelix_scale.features.onepass import PASS_SHARE, OnePass, write_features
     from schelix_scale.features.streams import Streams
 
     details = directory.record("genes").details

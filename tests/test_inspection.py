@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from schelix_scale import context, inspection
 from schelix_scale.config import Config, DataConfig, GraphConfig, TrainConfig
 from schelix_scale.errors import StoreError
 from schelix_scale.inspection import estimate_costs, inspect_source
@@ -155,7 +154,3 @@ def test_costs_grow_with_cells_and_follow_the_settings() -> None:
     assert estimate_costs(large, tight)[0] < estimate_costs(large, settings)[0]
     approximate = settings.model_copy(update={"graph": GraphConfig(method="pynndescent")})
     assert estimate_costs(small, approximate)[1] > estimate_costs(small, settings)[1]
-
-
-def test_the_shares_of_the_memory_budget_are_those_of_the_stages() -> None:
-    assert (inspection.SKETCH_SHARE, inspection.PASS_SHARE) == (context.SKETCH_SHARE, context.PASS_SHARE)

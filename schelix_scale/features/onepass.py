@@ -14,7 +14,7 @@ from schelix_scale.stores.base import CellStore
 from schelix_scale.stores.checks import check_block
 from schelix_scale.stores.values import ValueKind
 
-NAMES = ("anchor", "anchor_corrected", "variant")
+PASS_SHARE = 0.25  # of the memory budget
 BYTES_PER_VALUE = 40
 MIN_BLOCK, MAX_BLOCK = 256, 16_384
 SCAN_FACTOR = 16

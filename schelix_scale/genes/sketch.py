@@ -16,6 +16,7 @@ from schelix_scale.stores.base import CellStore
 from schelix_scale.stores.checks import check_block
 from schelix_scale.stores.values import ValueDecision, ValueKind, decide_values
 
+SKETCH_SHARE = 0.4  # of the memory budget
 BLOCK_CELLS = 5_000
 BYTES_PER_VALUE = 48
 POOL_FACTOR = 2
