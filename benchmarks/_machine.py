@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-from _tasks import ROOT
 
 LIBRARIES = (
     "numpy",
@@ -24,7 +24,12 @@ LIBRARIES = (
     "pynndescent",
     "jax",
     "scib-metrics",
+    "scanorama",
+    "scvi-tools",
+    "lightning",
+    "concord-sc",
 )
+ROOT = Path(__file__).resolve().parents[1]
 _CODE = (".", ":(exclude)*.md", ":(exclude)benchmarks/results")
 
 
@@ -35,7 +40,7 @@ def circumstances() -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if changed is None else changed != "",
         "machine": machine(),
-        "versions": {name: found for name in LIBRARIES if (found := _version(name)) is not None},
+        "versions": versions_of(LIBRARIES),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -62,11 +67,30 @@ def _cpu() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _version(name: str) -> str | None:
+def versions_of(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those distributions that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def threads() -> int:
+    """Return how many threads numeric libraries of a process started now would use."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    cores = int(machine()["cores"] or 1)
+    return min(int(given), cores) if given.isdigit() and int(given) > 0 else cores
+
+
+def busy_seconds() -> float | None:
+    """Return how long cores of this machine have been at work since it started, summed; None where that is not told."""
     try:
-        return version(name)
-    except PackageNotFoundError:
+        fields = Path("/proc/stat").read_text().partition("\n")[0].split()
+    except OSError:
         return None
+    user, nice, system, _, _, irq, softirq = map(int, fields[1:8])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def _git(*arguments: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The rows of `quality.py`: kept in a JSON file, shown as a table, written into the README."""
+"""The rows of `quality.py`: kept in a JSON file, and shown as a table (for the README see `_readme`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 METRICS = {
     "isolated_labels": "isolab",
     "nmi_ari_cluster_labels_kmeans_nmi": "NMI",
@@ -25,8 +24,9 @@ METRICS = {
     "batch": "batch",
     "total": "total",
 }
+GUARDS = {"kept_neighbors": "kept", "private_purity": "private"}
 COSTS = {"seconds": "seconds", "peak_mb": "MB"}
-COLUMNS = METRICS | COSTS
+COLUMNS = METRICS | GUARDS | COSTS
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -64,7 +64,9 @@ def _family(row: Row) -> tuple[str, str, str]:
 
 
 def _value(row: Row, column: str) -> float | None:
-    return row[column] if column in COSTS else row["metrics"].get(column)
+    if column in COSTS:
+        return row[column]
+    return row.get("guards" if column in GUARDS else "metrics", {}).get(column)
 
 
 def summary(rows: Iterable[Row], column: str) -> tuple[float, float] | None:
@@ -98,16 +100,25 @@ def text_table(rows: Sequence[Row]) -> str:
     ]
     for method, group in groups.items():
         found = {column: summary(group, column) for column in COLUMNS}
-        lines.append(f"{method:{width}}" + "".join(_cell(c, f and f[0]) for c, f in found.items()))
+        lines.append(f"{method:{width}}" + "".join(cell(c, f and f[0]) for c, f in found.items()))
         if len(group) > 1:
             label = f"  ± sd of {len(group)}"
-            lines.append(f"{label:{width}}" + "".join(_cell(c, f and f[1]) for c, f in found.items()))
+            lines.append(f"{label:{width}}" + "".join(cell(c, f and f[1]) for c, f in found.items()))
     if {"schelix", "harmony"} <= set(groups):
         lines.append(f"{'schelix-harmony':{width}}" + "".join(_gain(c, groups) for c in COLUMNS))
     return "\n".join(lines)
 
 
-def _cell(column: str, value: float | None, sign: str = "") -> str:
+def by_data(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Group rows by data set and batch key, in order of first appearance."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["data"], row["batch_key"]), []).append(row)
+    return groups
+
+
+def cell(column: str, value: float | None, sign: str = "") -> str:
+    """Return a value as 8 characters or more, with the digits of its column."""
     if value is None:
         return f"{'-':>8}"
     digits = {"peak_mb": 0, "seconds": 1}.get(column, 3)
@@ -116,61 +127,4 @@ def _cell(column: str, value: float | None, sign: str = "") -> str:
 
 def _gain(column: str, groups: dict[str, list[Row]]) -> str:
     ours, theirs = summary(groups["schelix"], column), summary(groups["harmony"], column)
-    return _cell(column, ours[0] - theirs[0] if ours and theirs else None, "+")
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """Return all rows as a Markdown table, the best total of each data set in bold, and where they were measured."""
-    head = ["data (batch key)", "cells", "method", "seeds", *COLUMNS.values()]
-    lines = [f"| {' | '.join(head)} |", "|---|--:|---|" + "--:|" * (len(head) - 3)]
-    sets: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        sets.setdefault((row["data"], row["batch_key"]), []).append(row)
-    for (data, batch_key), members in sets.items():
-        groups = by_method(members)
-        totals = {method: found[0] for method, group in groups.items() if (found := summary(group, "total"))}
-        best = max(totals, key=totals.__getitem__, default=None)
-        for method, group in groups.items():
-            cells = [f"{data} ({batch_key})", f"{group[0]['n_cells']:,}", method, str(len(group))]
-            cells += [_markdown_cell(group, column, bold=method == best) for column in COLUMNS]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *sorted({_measured(row) for row in rows})])
-
-
-def _markdown_cell(group: Sequence[Row], column: str, *, bold: bool) -> str:
-    found = summary(group, column)
-    if found is None:
-        return "-"
-    text = _cell(column, found[0]).strip()
-    if column == "total" and len(group) > 1:
-        text += f" ± {found[1]:.3f}"
-    return f"**{text}**" if bold and column == "total" else text
-
-
-def _measured(row: Row) -> str:
-    machine = row["machine"]
-    changed = " with uncommitted changes" if row["dirty"] else ""
-    settings = f"; schelix with {', '.join(row['settings'])}" if row["settings"] else ""
-    return (
-        f"- {row['date'][:10]}, commit {(row['commit'] or 'unknown')[:10]}{changed}: {machine['cpu']}, "
-        f"{machine['cores']} cores, {machine['ram_gb']:.0f} GB, Python {machine['python']}, {machine['platform']}, "
-        f"scib-metrics {row['versions'].get('scib-metrics', 'unknown')}{settings}"
-    )
-
-
-def update_readme(readme: Path, rows: Sequence[Row]) -> None:
-    """Replace what is between the two marks of the README with the table of all rows.
-
-    Raises
-    ------
-    ValueError
-        The README has not exactly one pair of marks, in order.
-    """
-    text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(f"{BEGIN}\n")
-    _, end, after = rest.partition(END)
-    if not (begin and end) or text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme} needs the lines {BEGIN} and {END} once each, in this order; put them back.")
-    partial = readme.with_name(f"{readme.name}.partial")
-    partial.write_text(f"{before}{begin}{markdown(rows)}\n{END}{after}", encoding="utf-8")
-    partial.replace(readme)
+    return cell(column, ours[0] - theirs[0] if ours and theirs else None, "+")

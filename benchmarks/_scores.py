@@ -16,18 +16,14 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
+SCORE_LIBRARIES = ("scib-metrics", "jax", "scikit-learn", "numpy", "scipy", "anndata")
 AGGREGATES = {"Bio conservation": "bio", "Batch correction": "batch", "Total": "total"}
 
 
 def score_files(
     data: str, batch_key: str, label_key: str, reference: str, files: Sequence[str]
-) -> tuple[dict[str, int], list[dict[str, float | None]]]:
-    """Score npy files of embeddings of the cells in ``data``; ``reference`` is the npy file of PCA.
-
-    Returns
-    -------
-    ``n_cells``, ``n_batches`` and ``n_labels``; and metric -> value of every file.
-    """
+) -> list[dict[str, float | None]]:
+    """Return metric -> value of npy files of embeddings of the cells in ``data``; ``reference`` is the file of PCA."""
     import numpy as np
 
     obs = read_labels(data, batch_key, label_key)
@@ -38,8 +34,13 @@ def score_files(
         twin = next((j for j in scores if np.array_equal(loaded[i], loaded[j])), None)
         scores[i] = dict(scores[twin]) if twin is not None else score(loaded[i], pca_nd, obs)
         gc.collect()
-    counts = {"n_cells": len(obs), "n_batches": obs["batch"].nunique(), "n_labels": obs["label"].nunique()}
-    return counts, [scores[i] for i in range(len(files))]
+    return [scores[i] for i in range(len(files))]
+
+
+def count_cells(path: str, batch_key: str, label_key: str) -> dict[str, int]:
+    """Return ``n_cells``, ``n_batches`` and ``n_labels``; complain as `read_labels` does."""
+    obs = read_labels(path, batch_key, label_key)
+    return {"n_cells": len(obs), "n_batches": obs["batch"].nunique(), "n_labels": obs["label"].nunique()}
 
 
 def read_labels(path: str, batch_key: str, label_key: str) -> pd.DataFrame:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from _scores import read_labels, score_files
-from _tasks import Outcome, Task, TaskFailed, run_task
+from _ablations import ABLATIONS
+from _cache import Cache
+from _code import code_digest
+from _guards import GUARD_LIBRARIES, guard_files
+from _machine import versions_of
+from _scores import SCORE_LIBRARIES, count_cells, score_files
+from _tasks import Outcome, Task, TaskFailed
 
 Run = tuple[str, int]  # method and seed
-_REFERENCE: Run = ("pca", 0)
+REFERENCE: Run = ("pca", 0)
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,60 @@ class Problem:
     label_key: str
 
 
+def run_methods(
+    problem: Problem, methods: Sequence[str], seeds: int, settings: Sequence[str], cache: Cache, scratch: Path
+) -> tuple[dict[Run, Outcome], int]:
+    """Run all methods with all seeds, PCA with seed 0 first; return what they made, and how many of those asked failed.
+
+    Parameters
+    ----------
+    settings
+        ``key=value`` for schelix.
+    scratch
+        Empty directory for embeddings and logs.
+
+    Raises
+    ------
+    TaskFailed
+        PCA, with which scores are compared, or all runs failed. Other failed runs are told on stderr and left out.
+    """
+    wanted = [(method, seed) for method in methods for seed in range(seeds)]
+    outcomes: dict[Run, Outcome] = {}
+    for method, seed in dict.fromkeys([REFERENCE, *wanted]):
+        task = Task(
+            str(problem.data), problem.batch_key, method, seed, settings_of(method, settings), problem.label_key
+        )
+        try:
+            outcome = outcomes[method, seed] = cache.run(task, scratch / f"{method}-{seed}")
+        except TaskFailed as error:
+            if (method, seed) == REFERENCE:
+                raise
+            say(f"FAILED: {error}")
+            continue
+        kept = ", kept" if outcome.kept else ""
+        say(f"  {method}, seed {seed}: {outcome.seconds:.1f} s, {outcome.peak_mb:,.0f} MB{kept}", *outcome.notes)
+    done = {run: outcomes[run] for run in wanted if run in outcomes}
+    if not done:
+        raise TaskFailed(f"no method has a result on {problem.data}")
+    return {**done, REFERENCE: outcomes[REFERENCE]}, len(wanted) - len(done)
+
+
+def settings_of(method: str, settings: Sequence[str]) -> tuple[str, ...]:
+    """Return the settings that a method is run with when these are given for schelix."""
+    name, _, ablation = method.partition("@")
+    if name != "schelix":
+        return ()
+    return (*settings, *(ABLATIONS[ablation] if ablation else ()))
+
+
 def solve(
-    problem: Problem, methods: Sequence[str], seeds: int, settings: Sequence[str], scorer: Executor, scratch: Path
+    problem: Problem,
+    methods: Sequence[str],
+    seeds: int,
+    settings: Sequence[str],
+    scorer: Executor,
+    scratch: Path,
+    cache: Cache,
 ) -> tuple[list[dict[str, Any]], int]:
     """Run all methods with all seeds and score them; return a row an embedding, and how many runs failed.
 
@@ -47,33 +105,35 @@ def solve(
         The file lacks batches or labels, or cannot be scored.
     """
     labels = (str(problem.data), problem.batch_key, problem.label_key)
-    scorer.submit(read_labels, *labels).result()  # complain before the methods run
-    wanted = [(method, seed) for method in methods for seed in range(seeds)]
-    outcomes: dict[Run, Outcome] = {}
-    for method, seed in dict.fromkeys([_REFERENCE, *wanted]):
-        task = Task(str(problem.data), problem.batch_key, method, seed, tuple(settings) if method == "schelix" else ())
-        try:
-            outcome = outcomes[method, seed] = run_task(task, scratch / f"{method}-{seed}")
-        except TaskFailed as error:
-            if (method, seed) == _REFERENCE:
-                raise
-            say(f"FAILED: {error}")
-            continue
-        say(f"  {method}, seed {seed}: {outcome.seconds:.1f} s, {outcome.peak_mb:,.0f} MB", *outcome.notes)
-    done = [run for run in wanted if run in outcomes]
-    if not done:
-        raise TaskFailed(f"no method has a result on {problem.data}")
-    names = [(run, name) for run in done for name in outcomes[run].embeddings]
-    say(f"  scoring {len(names)} embeddings")
+    counts = scorer.submit(count_cells, *labels).result()  # complain before the methods run
+    outcomes, failed = run_methods(problem, methods, seeds, settings, cache, scratch)
+    names = [(run, name) for run in outcomes if run[0] in methods for name in outcomes[run].embeddings]
     files = [outcomes[run].embeddings[name] for run, name in names]
-    reference = outcomes[_REFERENCE].embeddings["pca"]
-    counts, scores = scorer.submit(score_files, *labels, reference, files).result()
+    reference = outcomes[REFERENCE].embeddings["pca"]
+    say(f"  scoring {len(names)} embeddings")
+    found = []
+    for function, libraries in ((score_files, SCORE_LIBRARIES), (guard_files, GUARD_LIBRARIES)):
+        what = {
+            "data": cache.digest(str(problem.data)),
+            "batch_key": problem.batch_key,
+            "label_key": problem.label_key,
+            "reference": cache.digest(reference),
+            "versions": versions_of(libraries),
+            "code": code_digest(function),
+        }
+        compute = functools.partial(ask, scorer, function, *labels, reference)
+        found.append(cache.scores(what, files, compute))
     shared = {"data": problem.data.stem, "batch_key": problem.batch_key, "label_key": problem.label_key, **counts}
     rows = [
-        {**shared, "method": name, "seed": run[1], **_run_facts(outcomes[run]), "metrics": metrics}
-        for (run, name), metrics in zip(names, scores, strict=True)
+        {**shared, "method": name, "seed": run[1], **_run_facts(outcomes[run]), "metrics": metrics, "guards": guards}
+        for (run, name), metrics, guards in zip(names, *found, strict=True)
     ]
-    return rows, len(wanted) - len(done)
+    return rows, failed
+
+
+def ask(scorer: Executor, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns that is called in the process of the scorer."""
+    return scorer.submit(function, *arguments).result()
 
 
 def _run_facts(outcome: Outcome) -> dict[str, Any]:
@@ -82,6 +142,7 @@ def _run_facts(outcome: Outcome) -> dict[str, Any]:
         "notes": outcome.notes,
         "seconds": round(outcome.seconds, 2),
         "peak_mb": round(outcome.peak_mb, 1),
+        "run": outcome.conditions,
     }
 
 

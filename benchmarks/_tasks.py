@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+from _machine import ROOT, busy_seconds, circumstances, threads
+
+HERE = ROOT / "benchmarks"
 _TAIL = 25
 
 
@@ -23,24 +24,35 @@ class TaskFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Task:
-    """A method to run: on which file, with which batches, seed and settings (``key=value``, for schelix alone)."""
+    """A method to run: on which file, with which batches, seed and settings (``key=value``, for schelix alone).
+
+    The labels are for methods that are told some of them (see `_prepare.partial_labels`).
+    """
 
     data: str
     batch_key: str
     method: str
     seed: int = 0
     settings: tuple[str, ...] = ()
+    label_key: str = "cell_type"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method made and what it cost: embedding files by row name, notes, wall seconds, peak memory in MB."""
+    """What a method made and what it cost: embedding files by row name, notes, wall seconds, peak memory in MB.
+
+    ``conditions`` says what it ran on and with: commit, machine, library versions, date, ``threads`` of numeric
+    libraries, ``nice``, and ``others``, the cores (as a mean) that other processes kept busy meanwhile, None where the
+    system does not tell. ``kept``: read from the cache.
+    """
 
     settings: tuple[str, ...]
     embeddings: dict[str, str]
     notes: list[str]
     seconds: float
     peak_mb: float
+    conditions: dict[str, Any]
+    kept: bool = False
 
 
 def run_task(task: Task, scratch: Path) -> Outcome:
@@ -52,12 +64,16 @@ def run_task(task: Task, scratch: Path) -> Outcome:
         The method raised, or its process was killed.
     """
     scratch.mkdir(parents=True)
-    answer, seconds, peak_mb = _call_worker(task, scratch)
-    return Outcome(task.settings, answer["embeddings"], answer["notes"], seconds, peak_mb)
+    busy = busy_seconds()
+    answer, seconds, peak_mb, own = _call_worker(task, scratch)
+    now = busy_seconds()
+    others = None if busy is None or now is None else round(max(0.0, now - busy - own) / seconds, 2)
+    conditions = {**circumstances(), "threads": threads(), "nice": os.nice(0), "others": others}
+    return Outcome(task.settings, answer["embeddings"], answer["notes"], seconds, peak_mb, conditions)
 
 
-def _call_worker(task: Task, scratch: Path) -> tuple[dict[str, Any], float, float]:
-    """Start ``_worker.py``, wait, and return its answer, wall seconds and peak resident memory in MB.
+def _call_worker(task: Task, scratch: Path) -> tuple[dict[str, Any], float, float, float]:
+    """Start ``_worker.py``, wait, and return its answer, wall seconds, peak resident memory in MB and CPU seconds.
 
     The peak is that of the process or of the largest one it waited for. This process must stay small itself: the
     kernel counts its size at the time of the start as the child's (so nothing heavy is imported here).
@@ -84,7 +100,7 @@ def _call_worker(task: Task, scratch: Path) -> tuple[dict[str, Any], float, floa
         raise TaskFailed(_complaint(task, process.returncode, log_path.read_text(errors="replace").splitlines()))
     unit = 1 if sys.platform == "darwin" else 1024  # macOS says bytes, Linux KiB
     answer = json.loads((scratch / "answer.json").read_text(encoding="utf-8"))
-    return answer, seconds, usage.ru_maxrss * unit / 1e6
+    return answer, seconds, usage.ru_maxrss * unit / 1e6, usage.ru_utime + usage.ru_stime
 
 
 def _complaint(task: Task, code: int, log: Sequence[str]) -> str:

@@ -6,11 +6,13 @@ import importlib.util
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import quality
-from _study import Problem
+from _ablations import ABLATIONS
+from _study import Problem, settings_of
 from _tasks import Task, TaskFailed, run_task
+
+from tests.benchmarks.data import made_up
 
 
 @pytest.fixture
@@ -55,7 +57,10 @@ def test_a_batch_key_of_no_file_is_refused(files: list[Path]) -> None:
         (["{kang}", "--methods", "pca,magic"], "unknown method magic. There are: schelix, pca, harmony"),
         (["{kang}", "--methods", ","], "names none"),
         (["{kang}", "--seeds", "0"], "at least 1"),
+        (["{kang}", "--methods", "schelix@magic"], "unknown method schelix@magic"),
         (["{kang}", "--set", "graph.kk=3"], "unknown setting graph.kk"),
+        (["{kang}", "--fill", "--no-cache"], "which --no-cache does without"),
+        (["{kang}", "--split", "--methods", "pca"], "--split has its own methods, schelix, pca, harmony"),
         (["{kang}.gone"], "there is no file"),
     ],
 )
@@ -81,6 +86,36 @@ def test_without_scib_metrics_the_remedy_is_named(
     assert "'.[benchmark]'" in capsys.readouterr().err
 
 
+def chosen(*arguments: str) -> list[str]:
+    return quality.chosen_methods(quality.parser().parse_args(["a.h5ad", *arguments]))
+
+
+def test_methods_that_are_run() -> None:
+    ours = ["schelix", *(f"schelix@{name}" for name in ABLATIONS)]
+    assert chosen() == ["schelix", "pca", "harmony", "scanorama", "scvi", "concord"]
+    assert chosen("--methods", "scanvi, pca,pca") == ["scanvi", "pca"]
+    assert chosen("--ablations") == ours
+    assert chosen("--ablations", "--methods", "pca") == ["pca", *ours]
+    assert chosen("--split") == ["schelix", "pca", "harmony"]
+
+
+def test_settings_are_for_schelix_and_its_ablations() -> None:
+    assert settings_of("schelix", ["graph.k=9"]) == ("graph.k=9",)
+    assert settings_of("schelix@no-gate", ["graph.k=9"]) == ("graph.k=9", *ABLATIONS["no-gate"])
+    assert settings_of("harmony", ["graph.k=9"]) == ()
+
+
+def test_a_peer_that_is_not_installed_is_told_with_the_remedy(
+    files: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(quality, "versions_of", lambda names: dict.fromkeys(set(names) - {"concord-sc"}, "1"))
+    assert quality.main([str(files[0]), "--methods", "pca,concord"]) == 2
+    message = capsys.readouterr().err
+    assert "not installed: concord-sc (for concord). Install it: pip install" in message
+    assert "leave the method out with --methods" in message
+
+
 def test_a_failed_method_says_why(tmp_path: Path) -> None:
     task = Task(str(tmp_path / "none.h5ad"), "batch", "pca")
     with pytest.raises(TaskFailed, match=r"(?s)pca, seed 0, on .*none.h5ad ended with status 1.*FileNotFoundError"):
@@ -91,26 +126,13 @@ def test_problems_carry_the_labels(files: list[Path]) -> None:
     assert quality.problems(files[:1], [], "bulk") == [Problem(files[0], "batch", "bulk")]
 
 
-def made_up(path: Path, n: int = 240, g: int = 60) -> None:
-    """Write three cell types in two batches, one gene of four shifted by batch."""
-    import anndata
-    import pandas as pd
-
-    rng = np.random.default_rng(3)
-    kinds, batches = rng.integers(0, 3, n), rng.integers(0, 2, n)
-    means_ng = rng.gamma(2, 2, (3, g))[kinds] * np.where((np.arange(g) % 4 == 0) & (batches[:, None] == 1), 3.0, 1.0)
-    obs = pd.DataFrame(
-        {"batch": batches, "cell_type": [f"type {kind}" for kind in kinds]}, index=[f"c{i}" for i in range(n)]
-    )
-    anndata.AnnData(rng.poisson(means_ng).astype(np.float32), obs=obs).write_h5ad(path)
-
-
 @pytest.mark.slow
 def test_pca_and_harmony_are_run_scored_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("scib_metrics", reason="scoring needs the extra [benchmark]")
     data, out = tmp_path / "made_up.h5ad", tmp_path / "quality.json"
     made_up(data)
-    assert quality.main([str(data), "--methods", "pca,harmony", "--seeds", "2", "-o", str(out)]) == 0
+    common = [str(data), "--cache", str(tmp_path / "cache"), "-o", str(out)]
+    assert quality.main([*common, "--methods", "pca,harmony", "--seeds", "2"]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [(row["method"], row["seed"]) for row in rows] == [("pca", 0), ("pca", 1), ("harmony", 0), ("harmony", 1)]
     for row in rows:
@@ -120,8 +142,20 @@ def test_pca_and_harmony_are_run_scored_and_kept(tmp_path: Path, capsys: pytest.
         assert row["seconds"] > 0
         assert 50 < row["peak_mb"] < 5_000
         assert row["versions"]["scib-metrics"]
+        assert set(row["guards"]) == {"kept_neighbors", "private_purity"}
+        assert row["run"]["others"] is None or row["run"]["others"] >= 0
+    assert rows[0]["guards"] == {"kept_neighbors": 1.0, "private_purity": None}
     assert rows[2]["metrics"]["batch"] > rows[0]["metrics"]["batch"]
     assert "± sd of 2" in capsys.readouterr().out
 
-    assert quality.main([str(data), "--label-key", "kind", "-o", str(tmp_path / "other.json")]) == 1
+    assert quality.main([*common, "--methods", "harmony"]) == 0
+    assert "harmony, seed 0" in (told := capsys.readouterr().err)
+    assert told.count("MB, kept") == 2  # with pca, the reference
+    again = json.loads(out.read_text())["rows"]
+    assert [row["metrics"] for row in again] == [row["metrics"] for row in (rows[0], rows[1], rows[2])]
+
+    assert quality.main([*common, "--methods", "harmony", "--again", "--fill"]) == 0
+    assert capsys.readouterr().err.count("MB, kept") == 1
+
+    assert quality.main([*common, "--methods", "pca", "--label-key", "kind"]) == 1
     assert "has no obs column 'kind'. Its columns: batch, cell_type" in capsys.readouterr().err
