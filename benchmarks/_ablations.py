@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 ABLATIONS: dict[str, list[str]] = {
+    "all-genes": ["genes.partition=none"],
+    "random-partition": ["genes.partition=random"],
+    "no-correction": ["features.correct=false"],
     "no-diffusion": ["graph.hops=[0]"],
     "no-reweighting": ["graph.theta=0"],
     "one-partition": ["genes.iterations=1"],
-    "no-gate": ["train.gate=0"],
-    "no-refresh": ["train.refresh=false"],
+    "symmetric-alignment": ["train.alignment=symmetric"],
+    "gate-off": ["train.gate=0"],
+    "gate-unbounded": ["train.gate=1000"],
+    "concatenated-fuse": ["embed.fuse=concatenate"],
+    "refresh": ["train.refresh=true"],
     "backbone-only": ["train.enabled=false"],
 }

@@ -72,7 +72,7 @@ def run_methods(
 def settings_of(method: str, settings: Sequence[str]) -> tuple[str, ...]:
     """Return the settings that a method is run with when these are given for schelix."""
     name, _, ablation = method.partition("@")
-    if name != "schelix":
+    if name not in ("schelix", "schelix_labels"):
         return ()
     return (*settings, *(ABLATIONS[ablation] if ablation else ()))
 

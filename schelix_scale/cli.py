@@ -106,6 +106,7 @@ def _root(
     epilog="[bold]Examples[/]\n\n"
     "  schelix integrate atlas.h5ad --batch-key donor -o atlas-run\n\n"
     "  schelix integrate atlas.zarr -b sample -o run --layer counts --protect condition\n\n"
+    "  schelix integrate atlas.h5ad -b donor -o gentle-run --strength 0.5\n\n"
     "  schelix integrate atlas.h5ad -o run --config atlas.toml --set genes.n_hvg=3000 --set graph.k=50\n\n"
     "Then, in Python:  anndata.read_zarr('atlas-run/embedding.zarr').obsm\\['X_schelix']"
 )
@@ -115,6 +116,22 @@ def integrate(
     source: Source,
     out: Annotated[str, typer.Option("--out", "-o", help="The run directory, made or continued.", metavar="RUN")],
     batch_key: BatchKey = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="How much is corrected and smoothed: 1 (the default) is the full method, 0 is plain PCA. "
+            "Lower it if biology is lost with the batches.",
+            metavar="0..1",
+        ),
+    ] = None,
+    label_key: Annotated[
+        str | None,
+        typer.Option(
+            help="obs column of cell types, if some are known (others: unknown, or empty). Cells are pulled towards "
+            "those of their type.",
+            metavar="COLUMN",
+        ),
+    ] = None,
     layer: Layer = None,
     protect: Annotated[
         list[str] | None,
@@ -145,6 +162,8 @@ def integrate(
     from schelix_scale.pipeline import integrate as integrate_cells
 
     given: dict[str, Any] = {
+        "strength": strength,
+        "data.label_key": label_key,
         "data.layer": layer,
         "data.protect": protect or None,
         "max_memory": max_memory,

@@ -27,6 +27,8 @@ class DataConfig(_Settings):
     values: Literal["auto", "counts", "linear", "log"] = Field(
         "auto", description="what the values are; auto decides from the data and says so"
     )
+    label_key: str | None = Field(None, min_length=1, description="obs column of cell types, if some are known")
+    unknown_label: str = Field("unknown", description="in label_key: not known (any case; missing values neither)")
     protect: tuple[str, ...] = Field((), description="obs columns (condition, time) whose effect is not batch")
     obs_columns: tuple[str, ...] | None = Field(None, description="obs columns carried into the run; all by default")
 
@@ -49,6 +51,9 @@ class GenesConfig(_Settings):
     max_anchor_share: float = Field(0.75, gt=0, lt=1)
     permutations: int = Field(10, ge=2, description="batch permutations of the no-batch-signal null")
     min_signal: float = Field(0.0005, ge=0, description="batch share of variance below which nothing is corrected")
+    partition: Literal["sensitivity", "random", "none"] = Field(
+        "sensitivity", description="an ablation: Anchors drawn at random, as many; or all genes are Anchors"
+    )
 
     @model_validator(mode="after")
     def _shares(self) -> GenesConfig:
@@ -63,6 +68,7 @@ class FeaturesConfig(_Settings):
     anchor_dims: int = Field(30, ge=2, le=200)
     variant_dims: int = Field(30, ge=2, le=200)
     scale_power: float = Field(0.75, ge=0, le=1, description="genes are divided by sd**scale_power")
+    correct: bool = Field(True, description="an ablation if false: no mixture correction, of Anchors or Variants")
 
 
 class GraphConfig(_Settings):
@@ -91,18 +97,23 @@ class TrainConfig(_Settings):
 
     enabled: bool = True
     width: int = Field(128, ge=8)
-    anchor_residual: float = Field(0.1, ge=0, le=1, description="bound r_A on the Anchor encoder's residual")
-    gate: float = Field(0.2, ge=0, le=0.4, description="bound rho on what Anchors absorb from Variants")
+    anchor_residual: float = Field(0.4, ge=0, description="bound r_A on the Anchor encoder's residual")
+    gate: float = Field(0.2, ge=0, description="bound rho on what Anchors absorb from Variants; keep it below .4")
+    alignment: Literal["asymmetric", "symmetric"] = Field(
+        "asymmetric", description="symmetric lets the Anchors move towards the Variants as well"
+    )
     batch_size: int = Field(1024, ge=8)
     align_steps: int = Field(400, ge=1)
     refine_steps: int = Field(400, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     temperature: float = Field(0.2, gt=0)
-    preserve: float = Field(1.0, ge=0, description="weight of the preservation loss")
+    reach: int = Field(32, ge=1, le=1000, description="steps of the walk to the cells that Refine pulls towards")
+    label_share: float = Field(0.5, ge=0, le=1, description="of walks that meet a known label, how many lead to it")
+    pull: float = Field(0.7, ge=0, lt=1, description="how far Refine pulls: 0 stays at the backbone")
     max_epochs: int = Field(40, ge=1, description="bounds the steps of a phase on small data")
     evaluate_every: int = Field(50, ge=1)
     patience: int = Field(4, ge=1, description="evaluations without progress before a phase stops")
-    refresh: bool = True
+    refresh: bool = Field(False, description="rebuild the graph from the Anchor latent between the phases")
     refresh_blend: float = Field(0.5, ge=0, le=1)
     refresh_jaccard: float = Field(0.9, ge=0, le=1)
 
@@ -111,12 +122,16 @@ class EmbedConfig(_Settings):
     """What is written for every cell."""
 
     streams: bool = Field(False, description="also write the backbone and both streams beside the embedding")
+    fuse: Literal["gate", "concatenate"] = Field(
+        "gate", description="an ablation: the Variant latent beside the fused one, as more dimensions"
+    )
 
 
 class Config(_Settings):
     """All settings of a run."""
 
     seed: int = Field(0, ge=0)
+    strength: float = Field(1.0, ge=0, le=1, description="how much is corrected and smoothed; 0 is PCA, 1 all of it")
     threads: int | None = Field(None, ge=1, description="threads of numeric libraries; all cores by default")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
     max_memory: str | None = Field(None, description="e.g. 4GB; half of RAM by default")
@@ -127,6 +142,15 @@ class Config(_Settings):
     graph: GraphConfig = GraphConfig()
     train: TrainConfig = TrainConfig()
     embed: EmbedConfig = EmbedConfig()
+
+    @model_validator(mode="after")
+    def _labels_need_training(self) -> Config:
+        if self.data.label_key is not None and not (self.train.enabled and self.strength > 0):
+            raise ValueError(
+                "data.label_key: labels play their part in training, which train.enabled = false or strength = 0 "
+                "leaves out; change that, or give no labels"
+            )
+        return self
 
     @field_validator("max_memory")
     @classmethod

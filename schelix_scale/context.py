@@ -19,6 +19,7 @@ from schelix_scale.progress import Reporter
 from schelix_scale.run import RunDirectory, StageRecord
 from schelix_scale.stores.base import CellStore
 from schelix_scale.stores.batches import Batches, read_batches
+from schelix_scale.stores.known_labels import KnownLabels, read_labels
 
 ROW, BATCH = "schelix_row", "schelix_batch"
 PLAIN = ("string", "boolean", "integer", "floating", "mixed-integer-float", "empty")
@@ -38,6 +39,8 @@ class Context:
         Batch codes, names and sizes.
     level_n
         (n,) codes of the protected levels, or None.
+    known_labels
+        Cell types of the cells where they are known, or None.
     threads, budget
         Threads and bytes that the stages may use.
     source_fingerprint
@@ -49,6 +52,7 @@ class Context:
     reporter: Reporter
     batches: Batches
     level_n: np.ndarray | None
+    known_labels: KnownLabels | None
     threads: int
     budget: int
     source_fingerprint: str
@@ -71,7 +75,15 @@ class Context:
         _check_obs_names(store, config)
         levels = _protected_levels(store, config)
         return cls(
-            store, config, reporter, batches, levels, thread_count(config), memory_budget(config), store.fingerprint()
+            store,
+            config,
+            reporter,
+            batches,
+            levels,
+            read_labels(store, config.data),
+            thread_count(config),
+            memory_budget(config),
+            store.fingerprint(),
         )
 
     @property

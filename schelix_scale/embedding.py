@@ -9,7 +9,9 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch.nn.functional import normalize
 
+from schelix_scale.config import EmbedConfig
 from schelix_scale.errors import TrainingError
 from schelix_scale.graph.operator import row_blocks
 from schelix_scale.model.streams import DualStream, Latent
@@ -17,15 +19,31 @@ from schelix_scale.training.data import CachedFeatures
 from schelix_scale.training.refresh import ENCODE_CELLS, encode
 
 KEY = "X_schelix"
+CONCATENATED, BESIDE = "concatenated", 0.4
 STREAM_KEYS = {"backbone": f"{KEY}_backbone", "anchor": f"{KEY}_anchor", "variant": f"{KEY}_variant"}
 
 
-def output_keys(model: DualStream, trained: bool, streams: bool) -> dict[str, str]:
+def output_keys(model: DualStream, trained: bool, config: EmbedConfig) -> dict[str, str]:
     """Return which latent goes to which obsm key; the embedding of an untrained run is the backbone."""
     keys = {KEY: "fused" if trained else "backbone"}
-    if streams:
+    if trained and config.fuse == "concatenate" and not model.single_stream:
+        keys[KEY] = CONCATENATED
+    if config.streams:
         keys |= {key: part for part, key in STREAM_KEYS.items() if part != "variant" or not model.single_stream}
     return keys
+
+
+def embedding_dims(features: CachedFeatures, part: str) -> int:
+    """Return how many dimensions a latent has."""
+    dims: int = features.anchor_nta.shape[2]
+    return 2 * dims if part == CONCATENATED else dims
+
+
+def _part(latent: Latent, part: str) -> torch.Tensor:
+    if part == CONCATENATED:  # Variant latents were trained by their directions: at unit length, and less than Anchors
+        return torch.cat([latent.fused, BESIDE * normalize(latent.variant, dim=1)], dim=1)
+    chosen: torch.Tensor = getattr(latent, part)
+    return chosen
 
 
 def write_embedding(
@@ -54,10 +72,11 @@ def write_embedding(
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         anndata.AnnData(obs=obs, uns={"schelix": dict(uns)}).write_zarr(path)
     obsm = zarr.open_group(path / "obsm", mode="r+")
-    n, _, dims = features.anchor_nta.shape
+    n = features.n_cells
     arrays = {}
-    for key in keys:
-        arrays[key] = obsm.create_array(key, shape=(n, dims), chunks=(ENCODE_CELLS, dims), dtype="float32")
+    for key, part in keys.items():
+        width = embedding_dims(features, part)
+        arrays[key] = obsm.create_array(key, shape=(n, width), chunks=(ENCODE_CELLS, width), dtype="float32")
         arrays[key].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
     model.eval()
     for start, stop in row_blocks(n, ENCODE_CELLS):
@@ -67,7 +86,7 @@ def write_embedding(
                 f"the embedding of cells {start} to {stop} is not finite; train again with another seed."
             )
         for key, part in keys.items():
-            arrays[key][start:stop] = getattr(latent, part).numpy()
+            arrays[key][start:stop] = _part(latent, part).numpy()
         advance(stop - start)
     with warnings.catch_warnings():  # anndata writes consolidated metadata too, and reads faster with it
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")

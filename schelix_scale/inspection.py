@@ -166,7 +166,8 @@ def estimate_costs(store: CellStore, config: Config) -> tuple[int, float]:
     seconds = BASE_SECONDS + (sketch + n) * per_cell * SECONDS_PER_VALUE / cores
     seconds += sketch * SECONDS_PER_SKETCH_CELL * config.genes.iterations
     seconds += search / cores + (0 if exact else COMPILATION_SECONDS)
-    seconds += train.enabled * steps * SECONDS_PER_STEP * train.batch_size / 1024 + n * SECONDS_PER_EMBEDDED_CELL
+    trained = train.enabled and config.strength > 0
+    seconds += trained * steps * SECONDS_PER_STEP * train.batch_size / 1024 + n * SECONDS_PER_EMBEDDED_CELL
     return int(memory), float(seconds)
 
 

@@ -29,6 +29,8 @@ def integrate(
     *,
     batch_key: str | None = None,
     out: str | Path,
+    label_key: str | None = None,
+    strength: float | None = None,
     config: Config | str | Path | None = None,
     overwrite: bool = False,
     reporter: Reporter | None = None,
@@ -44,6 +46,15 @@ def integrate(
         The obs column that names each cell's batch; ``data.batch_key`` of the settings by default.
     out
         The run directory. A run of the same settings that is there is continued, or returned if it is finished.
+    label_key
+        The obs column of cell types, where some are known: training pulls cells towards those of their type, and
+        cells without a type towards those of the type that their neighbourhood has. Missing values, empty text and
+        ``data.unknown_label`` ("unknown" in any case) are not known. Without it no label is ever used.
+    strength
+        How much is corrected and smoothed, from 0 to 1; that of the settings, which is 1, by default. 1 is the full
+        method, 0 the PCA of all variable genes. Below 1, Variants count 1 - ``strength`` among the Anchors, and the
+        correction, the smoothing over neighbours and what training adds are ``strength`` of what they are at 1.
+        Lower it where batches are removed at the cost of differences that matter.
     config
         Settings, or the path of a TOML file of settings.
     overwrite
@@ -77,6 +88,8 @@ def integrate(
     (13963, 30)
     """
     share_cores()
+    given = {"strength": strength, "data.label_key": label_key}
+    settings |= {key: value for key, value in given.items() if value is not None}
     chosen = merge_settings(config, batch_key, settings)
     resolve_device(chosen.device)
     reporter = reporter or RichReporter()

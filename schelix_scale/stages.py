@@ -19,6 +19,7 @@ from schelix_scale.publish import create_array
 from schelix_scale.run import RunDirectory
 
 if TYPE_CHECKING:
+    from schelix_scale.config import Config, GraphConfig, TrainConfig
     from schelix_scale.features.streams import Streams
     from schelix_scale.genes.partition import Partition
     from schelix_scale.genes.sketch import Sketch
@@ -28,20 +29,21 @@ FEATURES = {"anchor": "features/anchor.npy", "anchor_corrected": "features/ancho
 MIN_GENES = 20
 CLUSTER_DIMS = 50
 VARIANT = {"variant": "features/variant.npy"}
+SCALED = ("anchor_residual", "gate", "pull")
 
 
 def find_genes(context: Context, directory: RunDirectory) -> None:
-    """Write genes.parquet, streams.npz and cells.parquet: gene roles, projections and correction from the sketch."""
-    from schelix_scale.genes.partition import ANCHOR, VARIANT
+    """Write genes.parquet, sketch.npz and cells.parquet: gene roles, and the variable genes of the sketched cells."""
+    from schelix_scale.genes.partition import ANCHOR, UNUSED, VARIANT
 
     config = context.config
     inputs = {"source": context.source_fingerprint, "cells": context.cells_hash, "seed": config.seed}
-    inputs |= {"data": config.data, "sketch": config.sketch, "genes": config.genes, "features": config.features}
-    inputs["sketch_cells"] = context.sketch_cells
+    inputs |= {"data": config.data, "sketch": config.sketch, "genes": config.genes}
+    inputs |= {"scale_power": config.features.scale_power, "sketch_cells": context.sketch_cells}
 
     def make(_: str) -> tuple[list[str], dict[str, Any]]:
         sketch = _draw(context)
-        partition, streams = _fit(context, sketch)
+        partition = _partition(context, sketch)
         details = {
             "values": sketch.values.kind,
             "values_reason": sketch.values.reason,
@@ -53,18 +55,17 @@ def find_genes(context: Context, directory: RunDirectory) -> None:
             "single_stream": partition.single_stream,
             "rounds": partition.rounds,
             "cut": partition.cut,
-            "dims": streams.dims,
         }
         _say_genes(context, partition.genes, details)
         with directory.publish("genes.parquet") as path:
             partition.genes.to_parquet(path)
-        with directory.publish("streams.npz") as path:
-            streams.save(path)
+        with directory.publish("sketch.npz") as path:
+            sketch.save(path, np.flatnonzero((partition.genes["role"] != UNUSED).to_numpy()))
         with directory.publish("cells.parquet") as path:
             _cell_table(context).to_parquet(path)
-        return ["genes.parquet", "streams.npz", "cells.parquet"], details
+        return ["genes.parquet", "sketch.npz", "cells.parquet"], details
 
-    context.run_stage(directory, "genes", 1, inputs, [], make)
+    context.run_stage(directory, "genes", 2, inputs, [], make)
 
 
 def _draw(context: Context) -> Sketch:
@@ -92,15 +93,14 @@ def _draw(context: Context) -> Sketch:
     return sketch
 
 
-def _fit(context: Context, sketch: Sketch) -> tuple[Partition, Streams]:
-    """Choose and divide the genes, then fit what turns any cell into stream features."""
+def _partition(context: Context, sketch: Sketch) -> Partition:
+    """Choose and divide the genes."""
     from schelix_scale.features.projection import fit_projection
-    from schelix_scale.features.streams import fit_streams
     from schelix_scale.genes.partition import partition_genes
     from schelix_scale.genes.variable import variable_genes
 
     config, x_ng, batch_n = context.config, sketch.x_ng, sketch.batch_n
-    with context.reporter.stage("genes", config.genes.iterations + 2, "steps") as progress:
+    with context.reporter.stage("genes", config.genes.iterations + 1, "steps") as progress:
         hvg = variable_genes(x_ng, batch_n, config.genes.n_hvg, config.genes.min_batch_cells)
         if len(hvg) < MIN_GENES:
             raise DataError(
@@ -108,7 +108,7 @@ def _fit(context: Context, sketch: Sketch) -> tuple[Partition, Streams]:
                 "Check that cells are rows and genes are columns."
             )
         progress.advance(1)
-        partition = partition_genes(
+        return partition_genes(
             x_ng,
             context.store.gene_names,
             hvg,
@@ -120,22 +120,20 @@ def _fit(context: Context, sketch: Sketch) -> tuple[Partition, Streams]:
             None if context.level_n is None else context.level_n[sketch.rows],
             progress.advance,
         )
-        n_batches = len(context.batches.names)
-        streams = fit_streams(x_ng, batch_n, n_batches, partition, config.features, config.seed, context.threads)
-        progress.advance(1)
-    return partition, streams
 
 
 def write_stream_features(context: Context, directory: RunDirectory) -> None:
-    """Write features/*.npy in one pass over all cells."""
+    """Write streams.npz, projections and correction from the sketch, and features/*.npy in one pass over all cells."""
     from schelix_scale.features.onepass import PASS_SHARE, OnePass, write_features
-    from schelix_scale.features.streams import Streams
 
-    details = directory.record("genes").details
-    names = FEATURES if details["single_stream"] else FEATURES | VARIANT
+    config, details = context.config, directory.record("genes").details
+    names = FEATURES | VARIANT if details["variants"] else FEATURES
 
     def make(_: str) -> tuple[list[str], dict[str, Any]]:
-        job = OnePass(context.store, Streams.load(directory.path / "streams.npz"), details["values"])
+        streams = _fit_streams(context, directory)
+        with directory.publish("streams.npz") as path:
+            streams.save(path)
+        job = OnePass(context.store, streams, details["values"])
         n, dims = context.store.n_cells, dict(zip(("anchor", "variant"), job.streams.dims, strict=True))
         with ExitStack() as published, context.reporter.stage("features", n) as progress:
             targets = {name: published.enter_context(directory.publish(file)) for name, file in names.items()}
@@ -143,9 +141,49 @@ def write_stream_features(context: Context, directory: RunDirectory) -> None:
                 create_array(path, (n, dims[name.partition("_")[0]]), "float32")
             budget = int(PASS_SHARE * context.budget)
             write_features(job, context.batches.codes, targets, budget, context.threads, progress.advance)
-        return list(names.values()), {}
+        return ["streams.npz", *names.values()], {"dims": streams.dims}
 
-    context.run_stage(directory, "features", 1, {}, ["genes"], make)
+    inputs = {"features": config.features, "strength": config.strength, "seed": config.seed}
+    context.run_stage(directory, "features", 2, inputs, ["genes"], make)
+
+
+def _fit_streams(context: Context, directory: RunDirectory) -> Streams:
+    """Fit what turns any cell into stream features on the sketch that was kept."""
+    from schelix_scale.features.streams import fit_streams
+    from schelix_scale.genes.partition import Partition
+    from schelix_scale.genes.sketch import Sketch
+
+    config, details = context.config, directory.record("genes").details
+    partition = Partition(
+        pd.read_parquet(directory.path / "genes.parquet"),
+        details["batch_signal"],
+        details["comparable"],
+        details["single_stream"],
+        details["rounds"],
+        details["cut"],
+    )
+    sketch, n_batches = Sketch.load(directory.path / "sketch.npz"), len(context.batches.names)
+    if config.strength < 1:
+        context.reporter.say(f"strength {config.strength:g}: {_kept_back(config.strength)}")
+    with context.reporter.stage("components", 1, "steps") as progress:
+        streams = fit_streams(
+            sketch.x_ng,
+            sketch.batch_n,
+            n_batches,
+            partition,
+            config.features,
+            config.seed,
+            context.threads,
+            config.strength,
+        )
+        progress.advance(1)
+    return streams
+
+
+def _kept_back(strength: float) -> str:
+    if strength == 0:
+        return "the embedding is the PCA of all variable genes, nothing is corrected, smoothed or trained"
+    return f"Variants count {1 - strength:g} among the Anchors; correction, smoothing and training by {strength:g}"
 
 
 def build_graph(context: Context, directory: RunDirectory) -> None:
@@ -153,7 +191,7 @@ def build_graph(context: Context, directory: RunDirectory) -> None:
     from schelix_scale.graph.cache import operator_id
     from schelix_scale.graph.knn import choose_method
 
-    config = context.config.graph
+    config = graph_settings(context.config)
 
     def make(fingerprint: str) -> tuple[list[str], dict[str, Any]]:
         cache = open_cache(context, directory)
@@ -175,29 +213,46 @@ def build_graph(context: Context, directory: RunDirectory) -> None:
 
 
 def train_model(context: Context, directory: RunDirectory) -> None:
-    """Train the dual-stream model on the cached features: checkpoints/, and refreshed operators."""
+    """Train the dual-stream model on the cached features: checkpoints/, and refreshed operators.
+
+    At strength 0 there is nothing to train, as when ``train.enabled`` is false.
+    """
     import torch
 
     from schelix_scale.training.checkpoint import TrainState, checkpoint_name, clear_checkpoints, save_checkpoint
+    from schelix_scale.training.labels import Labels
     from schelix_scale.training.loop import Training, build_model, train, weights
     from schelix_scale.training.refresh import Refresh, open_features
 
-    config = context.config
+    config, settings = context.config, train_settings(context.config)
     device = torch.device(resolve_device(config.device))
 
     def make(fingerprint: str) -> tuple[list[str], dict[str, Any]]:
         cache = open_cache(context, directory)
         first = directory.record("graph").details["operator_id"]
         features, folder = open_features(cache, first), directory.path / "checkpoints"
-        if config.train.enabled:
-            refresh = Refresh(cache, config.train, fingerprint, config.seed, context.threads, device, context.reporter)
+        if settings.enabled:
+            refresh = Refresh(cache, settings, fingerprint, config.seed, context.threads, device, context.reporter)
+            known = context.known_labels
+            labels = None if known is None else Labels.arrange(known.codes, context.batches.codes)
+            if known is not None:
+                context.reporter.say(
+                    f"labels of {known.known:,} of {context.store.n_cells:,} cells are known ({len(known.names)} types)"
+                )
             training = Training(
-                config.train, config.seed, device, folder, fingerprint, refresh, lambda name: open_features(cache, name)
+                settings,
+                config.seed,
+                device,
+                folder,
+                fingerprint,
+                refresh,
+                lambda name: open_features(cache, name),
+                labels,
             )
             model, features = train(training, features, context.reporter)
             last = checkpoint_name(len(training.phases(model)), 0)
         else:
-            start = weights(build_model(features, config.train, config.seed))
+            start = weights(build_model(features, settings, config.seed))
             clear_checkpoints(folder)
             last = save_checkpoint(folder, TrainState(0, 0, first, 0.0, 0, start, start, None), fingerprint).name
         fresh = [] if features.operator_id == first else cache.artifacts(features.operator_id)
@@ -208,29 +263,31 @@ def train_model(context: Context, directory: RunDirectory) -> None:
             "key": fingerprint,
         }
 
-    inputs = {"train": config.train, "seed": config.seed}
-    context.run_stage(directory, "train", 1, inputs, ["graph"], make)
+    inputs = {"train": settings, "seed": config.seed}
+    if context.known_labels is not None:
+        inputs["labels"] = context.known_labels.digest
+    context.run_stage(directory, "train", 2, inputs, ["graph"], make)
 
 
 def embed_cells(context: Context, directory: RunDirectory) -> None:
     """Write embedding.zarr, every cell at its row number."""
     import torch
 
-    from schelix_scale.embedding import output_keys, write_embedding
+    from schelix_scale.embedding import KEY, embedding_dims, output_keys, write_embedding
     from schelix_scale.training.checkpoint import final_checkpoint
     from schelix_scale.training.loop import build_model
     from schelix_scale.training.refresh import open_features
 
-    config = context.config
+    config, settings = context.config, train_settings(context.config)
 
     def make(_: str) -> tuple[list[str], dict[str, Any]]:
         details = directory.record("train").details
         device = torch.device(resolve_device(config.device))
         features = open_features(open_cache(context, directory), details["operator_id"])
         state = final_checkpoint(directory.path / "checkpoints" / details["checkpoint"], details["key"])
-        model = build_model(features, config.train, config.seed).to(device)
+        model = build_model(features, settings, config.seed).to(device)
         model.load_state_dict(state.model)
-        keys = output_keys(model, config.train.enabled, config.embed.streams)
+        keys = output_keys(model, settings.enabled, config.embed)
         obs = pd.read_parquet(directory.path / "cells.parquet").drop(columns=[ROW, BATCH])
         uns = {
             "version": __version__,
@@ -244,7 +301,7 @@ def embed_cells(context: Context, directory: RunDirectory) -> None:
             directory.publish("embedding.zarr") as path,
         ):
             write_embedding(path, model, features, keys, obs, uns, device, progress.advance)
-        return ["embedding.zarr"], {"dims": features.anchor_nta.shape[2], "keys": list(keys)}
+        return ["embedding.zarr"], {"dims": embedding_dims(features, keys[KEY]), "keys": list(keys)}
 
     context.run_stage(directory, "embed", 1, {"embed": config.embed}, ["genes", "train"], make)
 
@@ -256,14 +313,30 @@ def open_cache(context: Context, directory: RunDirectory) -> OperatorCache:
     """Open the operator cache of a run whose features are written."""
     from schelix_scale.graph.cache import OperatorCache
 
-    single = directory.record("genes").details["single_stream"]
+    details = directory.record("genes").details
     anchor = np.load(directory.path / FEATURES["anchor_corrected"], mmap_mode="r")
     variant = np.zeros((len(anchor), 0), np.float32)
-    if not single:
+    if details["variants"]:
         variant = np.load(directory.path / VARIANT["variant"], mmap_mode="r")
-    graph = context.config.graph
+    graph = graph_settings(context.config)
     features = {"anchor": anchor, "variant": variant}
-    return OperatorCache(directory.path, features, context.batches.codes, graph, 0.0 if single else graph.theta)
+    theta = 0.0 if details["single_stream"] else graph.theta
+    return OperatorCache(directory.path, features, context.batches.codes, graph, theta)
+
+
+def graph_settings(config: Config) -> GraphConfig:
+    """Return the graph's settings at the run's strength: reweighting and diffusion, 1 - restart, are scaled by it."""
+    graph, back = config.graph, 1 - config.strength
+    return graph.model_copy(
+        update={"theta": config.strength * graph.theta, "restart": graph.restart + (1 - graph.restart) * back}
+    )
+
+
+def train_settings(config: Config) -> TrainConfig:
+    """Return the training's settings at the run's strength: what it may move cells by is scaled; at 0 it is off."""
+    train = config.train
+    scaled: dict[str, Any] = {name: config.strength * getattr(train, name) for name in SCALED}
+    return train.model_copy(update={**scaled, "enabled": train.enabled and config.strength > 0})
 
 
 def _say_genes(context: Context, genes: pd.DataFrame, details: dict[str, Any]) -> None:
@@ -280,12 +353,18 @@ def _say_genes(context: Context, genes: pd.DataFrame, details: dict[str, Any]) -
         )
     else:
         context.reporter.say(
-            f"{details['anchors']:,} Anchors and {details['variants']:,} Variants (cut at rho {details['cut']:.2f}); "
+            f"{details['anchors']:,} Anchors and {details['variants']:,} Variants ({_divided(context, details)}); "
             f"batches explain {signal:.1%} of the variance inside clusters beyond chance"
         )
     empty = int((genes["mean"] == 0).sum())
     if empty:
         context.reporter.say(f"{empty:,} of {len(genes):,} genes are zero in every sketched cell and play no role")
+
+
+def _divided(context: Context, details: dict[str, Any]) -> str:
+    """Say how the genes were divided."""
+    how = {"random": "drawn at random", "none": "genes are not divided"}
+    return how.get(context.config.genes.partition, f"cut at rho {details['cut']:.2f}")
 
 
 def _cell_table(context: Context) -> pd.DataFrame:

@@ -145,6 +145,11 @@ def test_overwrite_says_that_the_run_is_removed() -> None:
     assert "Start over: remove the run that is in RUN." in shown
 
 
+def test_strength_is_explained() -> None:
+    shown = CliRunner().invoke(app, ["integrate", "--help"], env={"COLUMNS": "200"}).output
+    assert "How much is corrected and smoothed: 1 (the default) is the full method, 0 is plain PCA." in shown
+
+
 def test_the_same_command_again_skips_everything(source: Path, finished: tuple[Path, Any]) -> None:
     out, _ = finished
     before = Run.open(out).manifest["finished"]
@@ -184,11 +189,16 @@ def test_options_win_over_set_and_set_over_the_file(source: Path, tmp_path: Path
         1,
         "--protect",
         "type",
+        "--set",
+        "strength=0.9",
+        "--strength",
+        0.25,
     ]
     shown = schelix("integrate", source, "-o", tmp_path / "run", *chosen, "--max-memory", "2GB", "--device", "cpu")
     assert shown.exit_code == 0, shown.output
     config = Run.open(tmp_path / "run").config
     assert (config.seed, config.threads, config.graph.k, config.genes.n_hvg) == (3, 1, 9, 90)
+    assert config.strength == 0.25
     assert (config.data.protect, config.max_memory, config.device) == (("type",), "2GB", "cpu")
     replaced = schelix("integrate", source, "-o", tmp_path / "run", "-c", file, "--seed", 5, "--overwrite")
     assert replaced.exit_code == 0, replaced.output
@@ -227,6 +237,7 @@ def text_file(folder: Path) -> Path:
         (broken(lambda a: None), ["--set", "genes.hvg=3"], "unknown setting genes.hvg"),
         (broken(lambda a: None), ["--set", "graph.k=one"], "graph.k = 'one'"),
         (broken(lambda a: None), ["--config", "none.toml"], "none.toml does not exist"),
+        (broken(lambda a: None), ["--strength", "2"], "strength = 2.0"),
         (broken(lambda a: None), ["--max-memory", "much"], "'much' is not an amount of memory"),
         (broken(lambda a: None), ["--device", "cuda:99"], "CUDA"),
         (broken(lambda a: None), ["--protect", "stage"], "has no obs column 'stage'"),

@@ -150,6 +150,8 @@ def test_costs_grow_with_cells_and_follow_the_settings() -> None:
     assert estimate_costs(large, settings) > estimate_costs(small, settings)
     untrained = settings.model_copy(update={"train": TrainConfig(enabled=False)})
     assert estimate_costs(large, untrained)[1] < estimate_costs(large, settings)[1]
+    plain = settings.model_copy(update={"strength": 0.0})
+    assert estimate_costs(large, plain)[1] == estimate_costs(large, untrained)[1]
     tight = settings.model_copy(update={"max_memory": "20MB"})
     assert estimate_costs(large, tight)[0] < estimate_costs(large, settings)[0]
     approximate = settings.model_copy(update={"graph": GraphConfig(method="pynndescent")})

@@ -192,7 +192,7 @@ def test_no_batch_signal_is_said_and_nothing_is_corrected(tmp_path: Path) -> Non
 def test_streams_and_backbone_are_written_when_asked(source: Path, tmp_path: Path) -> None:
     obsm = run(source, tmp_path / "run", **{"embed.streams": True}).to_anndata().obsm
     backbone = obsm["X_schelix_backbone"]
-    bound = 0.1 + 0.2 * 1.1  # anchor_residual, and gate times the largest norm of z_A
+    bound = 0.4 + 0.2 * 1.4  # anchor_residual, and gate times the largest norm of z_A
     moved = np.linalg.norm(obsm["X_schelix"] - backbone, axis=1) / np.linalg.norm(backbone, axis=1)
     assert moved.max() <= bound + 1e-5
     assert moved.max() > 0

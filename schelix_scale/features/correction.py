@@ -49,17 +49,21 @@ class MixtureCorrection:
         """Correct (n, d) components of cells with (n,) batch codes; float32."""
         return self.apply_with_weights(z_nd, batch_n)[0]
 
-    def apply_with_weights(self, z_nd: np.ndarray, batch_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def apply_with_weights(
+        self, z_nd: np.ndarray, batch_n: np.ndarray, strength: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Correct (n, d) components; return them, float32, with the soft weights R (n, K) that were used.
 
         R depends on where a corrected cell lies, so it is found by a few rounds from the uncorrected cell,
-        as Harmony finds it for the sketch.
+        as Harmony finds it for the sketch. Cells are moved by ``strength`` of their displacement; R is that of
+        cells that are moved by all of it.
         """
         corrected = z_nd
         for _ in range(ROUNDS):
             weights_nk = self.responsibilities(corrected, batch_n)
-            corrected = z_nd - mixture_shift(weights_nk, batch_n, self.shift_kbd)
-        return np.asarray(corrected, dtype=np.float32), weights_nk
+            shift_nd = mixture_shift(weights_nk, batch_n, self.shift_kbd)
+            corrected = z_nd - shift_nd
+        return np.asarray(z_nd - strength * shift_nd, dtype=np.float32), weights_nk
 
 
 def mixture_shift(weights_nk: np.ndarray, batch_n: np.ndarray, shift_kbd: np.ndarray) -> np.ndarray:

@@ -44,12 +44,16 @@ def clip_genes(x_nh: sparse.csr_matrix, cap: np.ndarray) -> sparse.csr_matrix:
 
 
 def fit_projection(
-    x_ng: sparse.csr_matrix, genes: np.ndarray, dims: int, scale_power: float = 1.0
+    x_ng: sparse.csr_matrix,
+    genes: np.ndarray,
+    dims: int,
+    scale_power: float = 1.0,
+    weights: np.ndarray | None = None,
 ) -> tuple[Projection, np.ndarray]:
     """Fit the PCA of ``genes`` on the sketch; return it with the sketch's (n, d) components.
 
-    Each gene is capped at mean + 10 sd, divided by sd**scale_power and centred, the last implicitly:
-    nothing (n, h) is dense.
+    Each gene is capped at mean + 10 sd, divided by sd**scale_power, multiplied by its weight if there are ``weights``
+    (h,), above 0, and centred, the last implicitly: nothing (n, h) is dense.
     """
     from sklearn.decomposition import PCA
 
@@ -59,6 +63,7 @@ def fit_projection(
     x_nh = clip_genes(x_nh, cap)
     _, variance = gene_moments(x_nh)
     scale = np.where(variance > 0, np.sqrt(variance), 1.0) ** scale_power
+    scale = scale if weights is None else scale / weights
     x_nh = (x_nh.astype(np.float64) @ sparse.diags(1 / scale)).tocsr()
     dims = min(dims, len(genes) - 1, len(x_nh.indptr) - 2)
     pca = PCA(dims, svd_solver="arpack", random_state=0).fit(x_nh)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import sparse
@@ -25,7 +26,7 @@ class StreamFeatures:
     anchor_corrected
         (m, a) the same after the mixture correction.
     variant
-        (m, v) corrected principal components of the Variants; v is 0 in a single-stream run.
+        (m, v) corrected principal components of the Variants; v is 0 where there are none.
     """
 
     anchor: np.ndarray
@@ -40,19 +41,22 @@ class Streams:
     Attributes
     ----------
     anchor
-        Projection of the Anchors.
+        Projection of the Anchors; at a strength below 1, of the Variants too, with less weight.
     correction
-        Of the Anchors; None in a single-stream run, where nothing is corrected.
+        Of the Anchors; None where nothing is corrected, as in a single-stream run.
     variant
-        Projection of the Variants; None in a single-stream run.
+        Projection of the Variants; None where there are none, as in a single-stream run.
     variant_shift_kbd
-        (K, b, v) displacement of the Variants in each Anchor cluster and batch.
+        (K, b, v) displacement of the Variants in each Anchor cluster and batch; None without a correction or Variants.
+    strength
+        Share of the displacement by which cells are moved.
     """
 
     anchor: Projection
     correction: MixtureCorrection | None
     variant: Projection | None
     variant_shift_kbd: np.ndarray | None
+    strength: float = 1.0
 
     @property
     def dims(self) -> tuple[int, int]:
@@ -61,19 +65,20 @@ class Streams:
 
     def encode(self, x_ng: sparse.csr_matrix, batch_n: np.ndarray) -> StreamFeatures:
         """Turn (m, g) log-normalised values of all genes, and (m,) batch codes, into features."""
-        anchor = self.anchor.apply(x_ng)
-        if self.correction is None or self.variant is None or self.variant_shift_kbd is None:
-            return StreamFeatures(anchor, anchor, np.zeros((len(anchor), 0), np.float32))
-        corrected, weights_nk = self.correction.apply_with_weights(anchor, batch_n)
-        variant = self.variant.apply(x_ng) - mixture_shift(weights_nk, batch_n, self.variant_shift_kbd)
+        corrected = anchor = self.anchor.apply(x_ng)
+        variant = np.zeros((len(anchor), 0), np.float32) if self.variant is None else self.variant.apply(x_ng)
+        if self.correction is not None:
+            corrected, weights_nk = self.correction.apply_with_weights(anchor, batch_n, self.strength)
+            if self.variant_shift_kbd is not None:
+                variant = variant - self.strength * mixture_shift(weights_nk, batch_n, self.variant_shift_kbd)
         return StreamFeatures(anchor, corrected, variant.astype(np.float32))
 
     def save(self, path: Path) -> None:
         """Write all arrays to an .npz file."""
-        arrays = {f"anchor_{name}": value for name, value in vars(self.anchor).items()}
-        if self.correction is not None and self.variant is not None and self.variant_shift_kbd is not None:
-            arrays |= {f"correction_{name}": value for name, value in vars(self.correction).items()}
-            arrays |= {f"variant_{name}": value for name, value in vars(self.variant).items()}
+        arrays: dict[str, Any] = {"strength": self.strength}
+        for prefix, part in (("anchor", self.anchor), ("correction", self.correction), ("variant", self.variant)):
+            arrays |= {} if part is None else {f"{prefix}_{name}": value for name, value in vars(part).items()}
+        if self.variant_shift_kbd is not None:
             arrays["variant_shift_kbd"] = self.variant_shift_kbd
         np.savez(path, **arrays)
 
@@ -82,15 +87,19 @@ class Streams:
         """Read what `save` wrote."""
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
-        shift = arrays.pop("variant_shift_kbd", None)
+        shift, strength = arrays.pop("variant_shift_kbd", None), float(arrays.pop("strength"))
 
         def part(prefix: str) -> dict[str, np.ndarray]:
             return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
-        anchor = Projection(**part("anchor_"))
-        if shift is None:
-            return cls(anchor, None, None, None)
-        return cls(anchor, MixtureCorrection(**part("correction_")), Projection(**part("variant_")), shift)
+        correction, variant = part("correction_"), part("variant_")
+        return cls(
+            Projection(**part("anchor_")),
+            MixtureCorrection(**correction) if correction else None,
+            Projection(**variant) if variant else None,
+            shift,
+            strength,
+        )
 
 
 def fit_streams(
@@ -101,15 +110,35 @@ def fit_streams(
     config: FeaturesConfig,
     seed: int,
     threads: int,
+    strength: float = 1.0,
 ) -> Streams:
-    """Fit projections and correction on the (n, g) log-normalised sketch."""
-    anchors = partition.positions(ANCHOR)
-    anchor, z_nd = fit_projection(x_ng, anchors, config.anchor_dims, config.scale_power)
-    if partition.single_stream:
-        return Streams(anchor, None, None, None)
-    correction = fit_correction(z_nd, batch_n, n_batches, seed, threads)
+    """Fit projections and correction on the (n, g) log-normalised sketch; see `project_anchors` for ``strength``."""
+    anchor, z_nd = project_anchors(x_ng, partition, config, strength)
     variants = partition.positions(VARIANT)
-    variant, v_nd = fit_projection(x_ng, variants, config.variant_dims, config.scale_power)
+    variant = v_nd = None
+    if len(variants):
+        variant, v_nd = fit_projection(x_ng, variants, config.variant_dims, config.scale_power)
+    if partition.single_stream or not config.correct or strength == 0:
+        return Streams(anchor, None, variant, None, strength)
+    correction = fit_correction(z_nd, batch_n, n_batches, seed, threads)
+    if v_nd is None:
+        return Streams(anchor, correction, None, None, strength)
     _, weights_nk = correction.apply_with_weights(z_nd, batch_n)
     shift_kbd = ridge_shifts(v_nd, batch_n, weights_nk, n_batches)
-    return Streams(anchor, correction, variant, shift_kbd.astype(np.float32))
+    return Streams(anchor, correction, variant, shift_kbd.astype(np.float32), strength)
+
+
+def project_anchors(
+    x_ng: sparse.csr_matrix, partition: Partition, config: FeaturesConfig, strength: float
+) -> tuple[Projection, np.ndarray]:
+    """Fit the projection of the Anchors on the sketch; return it with the sketch's (n, a) components.
+
+    Below a strength of 1 the Variants are among the Anchors with the weight 1 - strength, so that at 0 these are the
+    components of all variable genes.
+    """
+    anchors = partition.positions(ANCHOR)
+    if strength == 1:
+        return fit_projection(x_ng, anchors, config.anchor_dims, config.scale_power)
+    genes = np.union1d(anchors, partition.positions(VARIANT))
+    weights = np.where(np.isin(genes, anchors), 1.0, 1.0 - strength)
+    return fit_projection(x_ng, genes, config.anchor_dims, config.scale_power, weights)

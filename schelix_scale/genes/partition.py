@@ -42,7 +42,7 @@ class Partition:
     rounds
         Rounds of clustering that were made.
     cut
-        The largest rho of an Anchor.
+        The largest rho of an Anchor; 1 where all genes are.
     """
 
     genes: pd.DataFrame
@@ -74,6 +74,9 @@ def partition_genes(
     Cells are clustered on the current Anchors (first on all of them), the genes' batch sensitivity is
     measured inside the clusters, the Anchors are those below the cut; repeated until they hold still.
 
+    For ablations, ``config.partition`` is ``random`` (as many Anchors, drawn with the seed) or ``none`` (all are
+    Anchors, and there are no Variants); the batch signal is measured all the same.
+
     Parameters
     ----------
     x_ng
@@ -92,7 +95,7 @@ def partition_genes(
     """
     values = x_ng[:, hvg]
     anchors = np.arange(len(hvg))
-    rounds, cut, signal = 0, 1.0, 0.0
+    rounds, signal = 0, 0.0
     for rounds in range(1, config.iterations + 1):
         cluster_n = coarse_clusters(embed(hvg[anchors]), batch_n, seed, threads)
         found = batch_sensitivity(values, cluster_n, batch_n, level_n)
@@ -101,11 +104,15 @@ def partition_genes(
             signal = batch_signal(values, cluster_n, batch_n, level_n, found, config.permutations, seed)
             if signal <= config.min_signal or found.comparable == 0:
                 return _assemble(x_ng, gene_names, hvg, found, np.arange(len(hvg)), signal, True, rounds, 1.0)
+        if config.partition == "none":
+            return _assemble(x_ng, gene_names, hvg, found, np.arange(len(hvg)), signal, False, rounds, 1.0)
         advance(1)
         previous, anchors = anchors, choose_anchors(found.rho, found.gamma, config)
-        cut = float(found.rho[anchors].max())
         if len(np.intersect1d(previous, anchors)) >= STABLE_JACCARD * len(np.union1d(previous, anchors)):
             break
+    if config.partition == "random":
+        anchors = np.sort(np.random.default_rng([seed, 0xA9C402]).choice(len(hvg), len(anchors), replace=False))
+    cut = float(found.rho[anchors].max())
     return _assemble(x_ng, gene_names, hvg, found, anchors, signal, False, rounds, cut)
 
 

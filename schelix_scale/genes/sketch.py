@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -45,6 +46,28 @@ class Sketch:
     batch_n: np.ndarray
     x_ng: sparse.csr_matrix
     values: ValueDecision
+
+    def save(self, path: Path, genes: np.ndarray) -> None:
+        """Write the sketch to an .npz file, of the values those of ``genes`` (sorted positions) alone."""
+        x_nh = self.x_ng[:, genes]
+        np.savez(
+            path,
+            rows=self.rows,
+            batch_n=self.batch_n,
+            data=x_nh.data,
+            indices=np.asarray(genes, x_nh.indices.dtype)[x_nh.indices],
+            indptr=x_nh.indptr,
+            shape=self.x_ng.shape,
+            values=[self.values.kind, self.values.reason],
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Sketch:
+        """Read what `save` wrote; values of genes that it left out are 0."""
+        with np.load(path) as file:
+            parts = tuple(file[name] for name in ("data", "indices", "indptr"))
+            x_ng = sparse.csr_matrix(parts, shape=tuple(file["shape"]))
+            return cls(file["rows"], file["batch_n"], x_ng, ValueDecision(*file["values"].tolist()))
 
 
 def sketch_size(store: CellStore, config: SketchConfig, budget: int) -> int:

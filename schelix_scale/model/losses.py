@@ -24,6 +24,12 @@ def contrast(
     return cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
-def preservation(fused_md: Tensor, backbone_md: Tensor) -> Tensor:
-    """Mean squared distance to the backbone, whose own squared norm is 1 on average."""
-    return (fused_md - backbone_md).square().sum(dim=1).mean()
+def pull_together(fused_md: Tensor, backbone_md: Tensor, far_md: Tensor, pull: float) -> Tensor:
+    """Mean of (1 - pull) |z - B|^2 + pull |z - B_far|^2, B_far the backbone of a cell at the end of a long walk.
+
+    The walk's end is random, so that the best latent is (1 - pull) B + pull P^reach B: a deep diffusion that never is
+    computed, learned from as many walks as there are training steps, whatever the number of cells.
+    """
+    near = (fused_md - backbone_md).square().sum(dim=1)
+    far = (fused_md - far_md).square().sum(dim=1)
+    return ((1 - pull) * near + pull * far).mean()

@@ -110,14 +110,17 @@ class DualStream(nn.Module):
         variant_mtv
             (m, T, v) diffused Variant features; ignored by a single-stream model.
         """
-        anchor = anchor_mta / self.anchor_scale
-        backbone = anchor[:, -1]
+        anchor, backbone = anchor_mta / self.anchor_scale, self.backbone(anchor_mta)
         limit = backbone.norm(dim=1, keepdim=True)
         z_anchor = backbone + self.residual * clip_norm(self.anchor_encoder(anchor.flatten(1)), limit)
         if self.single_stream:
             return Latent(backbone, z_anchor, torch.zeros_like(z_anchor), z_anchor)
         z_variant = self.variant_encoder((variant_mtv / self.variant_scale).flatten(1))
         return Latent(backbone, z_anchor, z_variant, self.fuse(z_anchor, z_variant))
+
+    def backbone(self, anchor_mta: Tensor) -> Tensor:
+        """B (m, a): the last hop of the Anchors at unit RMS norm; no parameter can change it."""
+        return anchor_mta[:, -1] / self.anchor_scale
 
     def fuse(self, z_anchor: Tensor, z_variant: Tensor) -> Tensor:
         """Z = z_A + rho sigmoid(G[z_A, z_V]) * clip(W LN(z_V), |z_A|): |z - z_A| <= rho |z_A| in every cell."""

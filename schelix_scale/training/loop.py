@@ -7,6 +7,7 @@ checkpointed: a training that was killed goes on from its last checkpoint to the
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -19,17 +20,18 @@ from torch import Tensor
 
 from schelix_scale.config import TrainConfig
 from schelix_scale.errors import TrainingError
-from schelix_scale.model.losses import contrast, preservation
+from schelix_scale.model.losses import contrast, pull_together
 from schelix_scale.model.streams import DualStream, Latent
 from schelix_scale.progress import Reporter
 from schelix_scale.training.checkpoint import TrainState, clear_checkpoints, latest_checkpoint, save_checkpoint
 from schelix_scale.training.data import CachedFeatures, Cells
+from schelix_scale.training.labels import Labels
 from schelix_scale.training.plan import Plan
 
 WALK_STEPS, WALK_TAG = 2, 0x3A1C
 VALIDATION_SHARE = 0.05
 MAX_VALIDATION = 2_000
-SLOW = 0.1
+SLOW, WARM_UP = 0.1, 0.1
 ALIGN, REFINE = "align", "refine"
 
 
@@ -53,6 +55,8 @@ class Training:
         Called between phases with the current features and model; returns the features to go on with.
     reopen
         Opens the features of an operator id, when a checkpoint is resumed.
+    labels
+        Known labels of some cells, if there are any: Refine pulls towards cells of the same label as well.
     """
 
     config: TrainConfig
@@ -62,6 +66,7 @@ class Training:
     fingerprint: str
     refresh: Callable[[CachedFeatures, DualStream], CachedFeatures]
     reopen: Callable[[str], CachedFeatures]
+    labels: Labels | None = None
 
     def phases(self, model: DualStream) -> list[tuple[str, int]]:
         """Return the phases with their step budgets; a single stream has nothing to align."""
@@ -137,6 +142,7 @@ def _run_phase(
                 break
             rows = rows_train[plan.rows(state.step)]
             loss = batch_loss(training, model, features, name, rows, [training.seed, WALK_TAG, state.phase, state.step])
+            _set_rate(optimizer, (state.step + 1) / (budget + 1))
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             _require_finite(loss.item(), training, state, name)
@@ -192,44 +198,57 @@ def split_rows(n_cells: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def batch_loss(
     training: Training, model: DualStream, features: CachedFeatures, phase: str, rows: np.ndarray, seed: list[int]
 ) -> Tensor:
-    """Loss of a phase on ``rows`` and on their positives, two steps of the operator's random walk away."""
-    rng = np.random.default_rng(seed)
-    positives = features.operator.walk(rows, WALK_STEPS, rng)
+    """Loss of a phase on ``rows`` and on the ends of random walks from them along the operator."""
+    rng, config = np.random.default_rng(seed), training.config
     own = features.cells(rows, training.device)
-    other = features.cells(positives, training.device)
-    loss = align_loss if phase == ALIGN else refine_loss
-    return loss(model, own, other, training.config)
+    if phase == ALIGN:
+        positives = features.operator.walk(rows, WALK_STEPS, rng)
+        return align_loss(model, own, features.cells(positives, training.device), config)
+    path = features.operator.path(rows, config.reach, rng)
+    ends = path[-1] if training.labels is None else training.labels.redirect(path, config.label_share, rng)
+    return refine_loss(model, own, features.cells(ends, training.device), config)
 
 
 def align_loss(model: DualStream, own: Cells, other: Cells, config: TrainConfig) -> Tensor:
     """Align: each cell's Variant latent finds the Anchor latent of its positive, which gets no gradient."""
     latent = model(own.anchor, own.variant)
-    with torch.no_grad():
+    with torch.set_grad_enabled(torch.is_grad_enabled() and config.alignment == "symmetric"):
         target = model(other.anchor, other.variant).anchor
     return contrast(latent.variant, target, own.batch, other.batch, config.temperature)
 
 
-def refine_loss(model: DualStream, own: Cells, other: Cells, config: TrainConfig) -> Tensor:
-    """Refine: fused latents of a cell and its positive agree, and stay near the backbone."""
+def refine_loss(model: DualStream, own: Cells, far: Cells, config: TrainConfig) -> Tensor:
+    """Refine: fused latents are pulled towards the backbone of far cells of their own kind, and held by their own."""
     latent: Latent = model(own.anchor, own.variant)
-    with torch.no_grad():
-        target = model(other.anchor, other.variant).fused
-    agreement = contrast(latent.fused, target, own.batch, other.batch, config.temperature)
-    return agreement + config.preserve * preservation(latent.fused, latent.backbone)
+    return pull_together(latent.fused, latent.backbone, model.backbone(far.anchor), config.pull)
 
 
 def _optimizer(model: DualStream, phase: str, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the phase's parameters; what the phase only adjusts learns ten times slower."""
+    """AdamW over the phase's parameters; in Refine the Variant stream, aligned already, learns ten times slower."""
     rate = config.learning_rate
+    anchor = list(model.anchor_encoder.parameters())
     if model.single_stream:
-        groups = [{"params": list(model.anchor_encoder.parameters()), "lr": rate * SLOW}]
+        groups = [{"params": anchor, "lr": rate}]
     elif phase == ALIGN:
         groups = [{"params": list(model.variant_encoder.parameters()), "lr": rate}]
+        if config.alignment == "symmetric":
+            groups.append({"params": anchor, "lr": rate})
     else:
-        fast = [*model.gate.parameters(), *model.variant_map.parameters(), *model.variant_norm.parameters()]
-        slow = [*model.anchor_encoder.parameters(), *model.variant_encoder.parameters()]
-        groups = [{"params": fast, "lr": rate}, {"params": slow, "lr": rate * SLOW}]
+        gate = [*model.gate.parameters(), *model.variant_map.parameters(), *model.variant_norm.parameters()]
+        groups = [
+            {"params": [*anchor, *gate], "lr": rate},
+            {"params": list(model.variant_encoder.parameters()), "lr": rate * SLOW},
+        ]
+    for group in groups:
+        group["peak"] = group["lr"]
     return torch.optim.AdamW(groups, lr=rate, weight_decay=1e-4)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, progress: float) -> None:
+    """Warm up over the first tenth of the phase, then fall to zero along a cosine; ``progress`` is in [0, 1]."""
+    share = progress / WARM_UP if progress < WARM_UP else (1 + math.cos(math.pi * progress)) / 2
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * share
 
 
 def weights(model: DualStream) -> dict[str, Tensor]:

@@ -157,6 +157,17 @@ def test_a_cell_is_corrected_alone_as_in_company(fitted: Fitted) -> None:
     np.testing.assert_allclose(correction.apply(z_nd[order], batch_n[order]), together[order], atol=1e-5)
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_strength_is_the_share_of_the_displacement(fitted: Fitted, strength: float) -> None:
+    """The soft weights are those of the whole displacement, so that cells move on a straight line."""
+    z_nd, _, batch_n, correction = fitted
+    found, weights_nk = correction.apply_with_weights(z_nd, batch_n, strength)
+    whole, expected_nk = correction.apply_with_weights(z_nd, batch_n)
+    np.testing.assert_array_equal(weights_nk, expected_nk)
+    assert np.linalg.norm(whole - z_nd, axis=1).min() > 0.5
+    np.testing.assert_allclose(found, (1 - strength) * z_nd + strength * whole, atol=1e-5)
+
+
 def test_large_shifts_need_the_rounds_that_follow_the_first() -> None:
     """R of the uncorrected cell alone would be off by .019 here."""
     z_nd, _, batch_n = gaussian_cells(n=900, shift=4.0, seed=1)

@@ -21,13 +21,13 @@ def log_ng() -> np.ndarray:
     return x_ng
 
 
-def dense_components(x_nh: np.ndarray, power: float) -> np.ndarray:
+def dense_components(x_nh: np.ndarray, power: float, weights: np.ndarray | float = 1.0) -> np.ndarray:
     """Components of the dense scaled, clipped matrix by scikit-learn's full SVD."""
     x_nh = x_nh.astype(np.float64)
     clipped = np.minimum(x_nh, x_nh.mean(axis=0) + 10 * x_nh.std(axis=0))
     spread = clipped.std(axis=0)
     scaled = (clipped - clipped.mean(axis=0)) / np.where(spread > 0, spread, 1) ** power
-    return PCA(DIMS, svd_solver="full").fit_transform(scaled)
+    return PCA(DIMS, svd_solver="full").fit_transform(scaled * weights)
 
 
 def up_to_sign(found_nd: np.ndarray, expected_nd: np.ndarray) -> np.ndarray:
@@ -41,6 +41,17 @@ def test_equals_dense_pca(log_ng: np.ndarray, power: float) -> None:
     expected = dense_components(log_ng[:, genes], power)
     assert found.dtype == np.float32
     np.testing.assert_allclose(up_to_sign(found, expected), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_weights_scale_the_genes(log_ng: np.ndarray) -> None:
+    genes = np.arange(0, 90, 2)
+    weights = np.random.default_rng(2).uniform(0.05, 1, len(genes))
+    projection, found = fit_projection(sparse.csr_matrix(log_ng), genes, DIMS, 0.75, weights)
+    expected = dense_components(log_ng[:, genes], 0.75, weights)
+    np.testing.assert_allclose(up_to_sign(found, expected), expected, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(projection.apply(sparse.csr_matrix(log_ng)), found, atol=2e-5 * np.abs(found).max())
+    unweighted = dense_components(log_ng[:, genes], 0.75)
+    assert np.abs(up_to_sign(found, unweighted) - unweighted).max() > 0.1 * np.abs(unweighted).max()
 
 
 def test_outliers_are_clipped(log_ng: np.ndarray) -> None:

@@ -75,6 +75,45 @@ def test_table_of_genes(shifted: Synthetic, found: tuple[Partition, np.ndarray])
     assert set(table["role"].iloc[variants]) == {"variant"}
 
 
+def ablated(kind: str, **changes: object) -> GenesConfig:
+    return CONFIG.model_copy(update={"partition": kind, **changes})
+
+
+def test_anchors_drawn_at_random(shifted: Synthetic, found: tuple[Partition, np.ndarray]) -> None:
+    """As many as otherwise, the same for a seed, and of the sensitive genes as many as of the others."""
+    result, hvg = found
+    draws = [partition(shifted, ablated("random"), seed)[0] for seed in (0, 0, 1, 2, 3)]
+    for draw, seed in zip(draws, (0, 0, 1, 2, 3), strict=True):
+        wanted = len(partition(shifted, seed=seed)[0].positions("anchor"))
+        assert len(draw.positions("anchor")) == wanted
+        roles = [draw.positions("anchor"), draw.positions("variant")]
+        np.testing.assert_array_equal(np.sort(np.concatenate(roles)), hvg)
+        assert draw.cut == draw.genes["rho"].iloc[draw.positions("anchor")].max()
+        assert not draw.single_stream
+    np.testing.assert_array_equal(draws[0].genes["rho"], result.genes["rho"])
+    np.testing.assert_array_equal(draws[0].positions("anchor"), draws[1].positions("anchor"))
+    assert len({tuple(draw.positions("anchor")) for draw in draws}) == 4
+    sensitive = np.mean([shifted.sensitive_g[draw.positions("anchor")].mean() for draw in draws[1:]])
+    assert sensitive == pytest.approx(shifted.sensitive_g[hvg].mean(), abs=0.1)
+    assert shifted.sensitive_g[result.positions("anchor")].mean() < 0.1
+
+
+def test_no_partition(shifted: Synthetic, found: tuple[Partition, np.ndarray]) -> None:
+    """All variable genes are Anchors, and yet it is said that batches differ."""
+    result, hvg = partition(shifted, ablated("none"))
+    np.testing.assert_array_equal(result.positions("anchor"), hvg)
+    assert len(result.positions("variant")) == 0
+    assert not result.single_stream
+    assert (result.signal, result.rounds, result.cut) == (found[0].signal, 1, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["random", "none"])
+def test_no_batch_effect_means_one_stream_in_ablations_too(kind: str) -> None:
+    result, hvg = partition(make_cells(batch_strength=0.0, seed=100), ablated(kind))
+    assert result.single_stream
+    np.testing.assert_array_equal(result.positions("anchor"), hvg)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_no_batch_effect_means_one_stream(seed: int) -> None:
     """Batches that differ in nothing: whatever rho ranks first is noise, and all genes stay Anchors."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import anndata
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from scipy import sparse
 
 from schelix_scale.config import SketchConfig
 from schelix_scale.errors import DataError
-from schelix_scale.genes.sketch import allocate, draw_sketch, sketch_size
+from schelix_scale.genes.sketch import Sketch, allocate, draw_sketch, sketch_size
 from schelix_scale.stores import MemoryStore
 
 from ..counting import CountingStore
@@ -110,3 +112,21 @@ def test_bad_values_beside_the_first_draw_are_found_too() -> None:
     counts[np.setdiff1d(np.flatnonzero(counts[:, 5] < 0), first_only), 5] = 0
     with pytest.raises(DataError, match="negative"):
         draw_sketch(store_of(counts), batch_n, ["a", "b", "c"], config, 300, "auto", 0)
+
+
+def test_saved_and_loaded_with_some_of_the_genes(tmp_path: Path) -> None:
+    cells = make_cells(per_group=20)
+    drawn = draw_sketch(
+        store_of(cells.counts_ng), cells.batch_n, list("abcd"), SketchConfig(), len(cells.batch_n), "auto", 0
+    )
+    genes = np.array([1, 4, 5, 179])
+    drawn.save(tmp_path / "sketch.npz", genes)
+    loaded = Sketch.load(tmp_path / "sketch.npz")
+    expected = np.zeros_like(drawn.x_ng.toarray())
+    expected[:, genes] = drawn.x_ng.toarray()[:, genes]
+    assert expected.any(axis=0).sum() == 4
+    np.testing.assert_array_equal(loaded.x_ng.toarray(), expected)
+    assert loaded.x_ng.dtype == np.float32
+    np.testing.assert_array_equal(loaded.rows, drawn.rows)
+    np.testing.assert_array_equal(loaded.batch_n, cells.batch_n)
+    assert loaded.values == drawn.values

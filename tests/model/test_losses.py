@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from schelix_scale.model.losses import contrast, preservation
+from schelix_scale.model.losses import contrast, pull_together
 
 
 def by_hand(query: np.ndarray, target: np.ndarray, query_batch: list[int], target_batch: list[int], t: float) -> float:
@@ -52,9 +52,24 @@ def test_contrast_leaves_its_inputs_alone() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, (query, target, batch), strict=True))
 
 
-def test_preservation_is_the_mean_squared_distance() -> None:
+@pytest.mark.parametrize("pull", [0.0, 0.3, 0.7])
+def test_pull_together_is_the_weighted_mean_of_squared_distances(pull: float) -> None:
     rng = np.random.default_rng(0)
-    fused, backbone = rng.normal(size=(2, 9, 4))
-    expected = np.mean([np.sum((a - b) ** 2) for a, b in zip(fused, backbone, strict=True)])
-    assert float(preservation(torch.from_numpy(fused), torch.from_numpy(backbone))) == pytest.approx(expected)
-    assert float(preservation(torch.from_numpy(fused), torch.from_numpy(fused))) == 0
+    fused, backbone, far = rng.normal(size=(3, 9, 4))
+    expected = 0.0
+    for z, near, away in zip(fused, backbone, far, strict=True):
+        expected += ((1 - pull) * np.sum((z - near) ** 2) + pull * np.sum((z - away) ** 2)) / 9
+    found = pull_together(*(torch.from_numpy(values) for values in (fused, backbone, far)), pull)
+    assert float(found) == pytest.approx(expected)
+
+
+def test_pull_together_is_least_between_the_two() -> None:
+    """The best latent is (1 - pull) B + pull B_far: found by descent, not by the formula of the loss."""
+    backbone, far = torch.tensor([[0.0, 2.0]]), torch.tensor([[4.0, 0.0]])
+    fused = torch.zeros(1, 2, requires_grad=True)
+    optimizer = torch.optim.SGD([fused], lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        torch.autograd.backward(pull_together(fused, backbone, far, 0.75))
+        optimizer.step()
+    np.testing.assert_allclose(fused.detach().numpy(), [[3.0, 0.5]], atol=1e-4)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from schelix_scale.model.streams import DualStream
 from schelix_scale.progress import QuietReporter
 from schelix_scale.training.checkpoint import checkpoint_name, final_checkpoint, latest_checkpoint
 from schelix_scale.training.data import CachedFeatures
+from schelix_scale.training.labels import Labels
 from schelix_scale.training.loop import Training, align_loss, build_model, refine_loss, split_rows, train
 from tests.training.tools import CONFIG, Cache, Counting, Interrupted, cached, logged, training_in
 
@@ -89,8 +91,8 @@ def test_align_leaves_the_anchor_stream_alone(whole: tuple[DualStream, Cache, Co
     assert changed == {"variant_encoder"}
 
 
-def test_refine_trains_everything(whole: tuple[DualStream, Cache, Counting, Path]) -> None:
-    model, cache, _, _ = whole
+def test_refine_trains_everything(tmp_path: Path) -> None:
+    model, cache, _ = run(tmp_path, refine_steps=60, learning_rate=0.01)
     aligned = cache.refreshed[0][1]
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, aligned[name])}
     assert {name.split(".")[0] for name in changed} == {
@@ -102,11 +104,12 @@ def test_refine_trains_everything(whole: tuple[DualStream, Cache, Counting, Path
     }
 
 
-def test_refine_sees_the_refreshed_features(whole: tuple[DualStream, Cache, Counting, Path], tmp_path: Path) -> None:
-    """Without a refresh the second phase trains on other positives and features, to other weights."""
-    model, _, _, _ = whole
-    cache = Cache(cached())
-    training = Training(CONFIG, 0, torch.device("cpu"), tmp_path, "abc", lambda features, _: features, cache.reopen)
+def test_refine_sees_the_refreshed_features(tmp_path: Path) -> None:
+    """Without a refresh the second phase trains on other walks and features, to other weights."""
+    changed = {"refine_steps": 60, "learning_rate": 0.01}
+    model, cache, _ = run(tmp_path / "refreshed", **changed)
+    config, folder = CONFIG.model_copy(update=changed), tmp_path / "kept"
+    training = Training(config, 0, torch.device("cpu"), folder, "abc", lambda features, _: features, cache.reopen)
     kept, features = train(training, cache.reopen("first"), QuietReporter())
     assert features.operator_id == "first"
     assert not same_weights(kept, model)
@@ -299,32 +302,40 @@ def noisy() -> CachedFeatures:
     return features
 
 
-def aligned(folder: Path, features: CachedFeatures, steps: int, stop: int | None = None) -> dict[str, torch.Tensor]:
-    """Weights after Align with validation every other step; ``stop`` interrupts the first attempt."""
-    changed = {"learning_rate": 0.01, "evaluate_every": 2, "align_steps": steps, "refine_steps": 1}
+def aligned_until(folder: Path, features: CachedFeatures, steps: int, stop: int | None) -> Cache:
+    """Train Align with validation every other step; ``stop`` interrupts after so many steps."""
+    changed = {"learning_rate": 0.03, "evaluate_every": 2, "align_steps": steps, "refine_steps": 1}
     cache = Cache(features)
-    training = training_in(folder, cache, CONFIG.model_copy(update=changed))
 
     def interrupt(step: int) -> None:
         if step == stop:
             raise Interrupted("killed")
 
+    train(training_in(folder, cache, CONFIG.model_copy(update=changed)), features, Counting(interrupt))
+    return cache
+
+
+def aligned(folder: Path, features: CachedFeatures, steps: int, stop: int | None = None) -> dict[str, torch.Tensor]:
+    """Weights after Align; ``stop`` interrupts the first attempt."""
     if stop is not None:
         with pytest.raises(Interrupted, match="killed"):
-            train(training, features, Counting(interrupt))
-    train(training, features, Counting())
-    return cache.refreshed[-1][1]
+            aligned_until(folder, features, steps, stop)
+    return aligned_until(folder, features, steps, None).refreshed[-1][1]
 
 
 def test_the_best_weights_are_kept(tmp_path: Path, noisy: CachedFeatures) -> None:
-    """Steps after the best evaluation leave no trace."""
+    """Steps after the best evaluation leave no trace: what is kept are the weights of that step."""
     long = aligned(tmp_path / "long", noisy, 40)
     entries = [e for e in logged(tmp_path / "long") if e["phase"] == "align" and e["event"] == "evaluate"]
     best = min(entries, key=lambda entry: float(str(entry["validation_loss"])))
     assert 4 <= int(str(best["step"])) <= 36
     assert float(str(entries[-1]["validation_loss"])) > 1.02 * float(str(best["validation_loss"]))
-    short = aligned(tmp_path / "short", noisy, int(str(best["step"])))
-    assert all(torch.equal(value, short[name]) for name, value in long.items())
+    with pytest.raises(Interrupted, match="killed"):
+        aligned_until(tmp_path / "short", noisy, 40, int(str(best["step"])) + 1)
+    state = latest_checkpoint(tmp_path / "short", "abc")
+    assert state is not None
+    assert state.step == best["step"]
+    assert all(torch.equal(value, state.model[name]) for name, value in long.items())
 
 
 @pytest.mark.parametrize("stop", [15, 16, 29])
@@ -338,6 +349,48 @@ def test_interrupted_while_validation_gets_worse(tmp_path: Path, noisy: CachedFe
         for name in ("whole", "cut")
     ]
     assert last[0] == last[1]
+
+
+def test_refine_learns_the_deep_diffusion(tmp_path: Path) -> None:
+    """The latent nears (1 - pull) B + pull P^reach B, computed with dense matrices, and more so than the backbone."""
+    features = cached()
+    features.anchor_nta[:] += 0.3 * np.random.default_rng(8).normal(size=features.anchor_nta.shape)
+    cache = Cache(features)
+    changed = {"refine_steps": 400, "align_steps": 1, "learning_rate": 0.01, "max_epochs": 1000, "evaluate_every": 20}
+    config = CONFIG.model_copy(update=changed)
+    training = Training(config, 0, torch.device("cpu"), tmp_path, "abc", lambda features, _: features, cache.reopen)
+    model, _ = train(training, features, QuietReporter())
+    cells = features.cells(np.arange(features.n_cells), torch.device("cpu"))
+    with torch.no_grad():
+        latent = model(cells.anchor, cells.variant)
+    dense = np.zeros((features.n_cells, features.n_cells))
+    np.put_along_axis(dense, features.operator.indices_nk.astype(int), features.operator.weights_nk, axis=1)
+    backbone = latent.backbone.numpy().astype(float)
+    best = 0.3 * backbone + 0.7 * np.linalg.matrix_power(dense, 6) @ backbone
+    missed = np.square(latent.fused.numpy() - best).sum(axis=1).mean()
+    assert missed < 0.5 * np.square(backbone - best).sum(axis=1).mean()
+
+
+def test_walks_lead_to_labelled_cells(tmp_path: Path) -> None:
+    """With every cell labelled by a split that features do not show, latents are pulled to the two labels' means."""
+    features = cached()
+    label = (features.anchor_nta[:, -1, 0] > np.median(features.anchor_nta[:, -1, 0])).astype(int)
+    changed = {"refine_steps": 200, "align_steps": 1, "learning_rate": 0.01, "max_epochs": 1000, "label_share": 1.0}
+    found = []
+    for labels in (None, Labels.arrange(label, features.batch_n)):
+        cache = Cache(features)
+        training = replace(
+            training_in(tmp_path / str(labels is None), cache, CONFIG.model_copy(update=changed)),
+            labels=labels,
+            refresh=lambda features, _: features,
+        )
+        model, _ = train(training, features, QuietReporter())
+        cells = features.cells(np.arange(features.n_cells), torch.device("cpu"))
+        with torch.no_grad():
+            z_nd = model(cells.anchor, cells.variant).fused.numpy()
+        within = sum(z_nd[label == code].var(axis=0).sum() * np.mean(label == code) for code in (0, 1))
+        found.append(within / z_nd.var(axis=0).sum())
+    assert found[1] < 0.8 * found[0]
 
 
 def test_max_epochs_bounds_the_steps(tmp_path: Path) -> None:
