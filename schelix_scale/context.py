@@ -140,9 +140,27 @@ class Context:
             "genes": len(self.store.gene_names),
             "batches": len(self.batches.names),
             **{key: genes[key] for key in ("anchors", "variants", "single_stream", "values", "values_reason")},
+            "choices": self._choices(genes),
             "dims": directory.record("embed").details["dims"],
             "operator_id": directory.record("train").details["operator_id"],
             "seconds": round(sum(record.seconds for record in directory.records()), 1),
+        }
+
+    def _choices(self, genes: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the data decided, and the settings that are the same for all data, of how much is corrected."""
+        config, corrected = self.config, not genes["single_stream"]
+        return {
+            "corrected": corrected,
+            "batch_signal": genes["batch_signal"],
+            "anchor_cut": genes["cut"] if corrected else None,
+            "partition_rounds": genes["rounds"],
+            "gene_scaling": f"sd^{config.features.scale_power:g}",
+            "anchor_components": config.features.anchor_dims,
+            "hops": list(config.graph.hops),
+            "reach": config.train.reach,
+            "pull": config.train.pull,
+            "strength": config.strength,
+            "labelled_cells": 0 if self.known_labels is None else self.known_labels.known,
         }
 
 

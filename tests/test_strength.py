@@ -13,7 +13,8 @@ import schelix_scale
 from schelix_scale.config import Config, GraphConfig, TrainConfig
 from schelix_scale.pipeline import integrate
 from schelix_scale.progress import QuietReporter
-from schelix_scale.stages import graph_settings, train_settings
+from schelix_scale.stages.graph import graph_settings
+from schelix_scale.stages.model import train_settings
 
 from .synthetic import dense_log_normalize
 from .test_pipeline import SMALL, make_adata, within_and_between

@@ -1,0 +1,145 @@
+"""The source -> sketch, gene roles and the table of cells."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from schelix_scale.context import BATCH, ROW, Context
+from schelix_scale.errors import DataError
+from schelix_scale.run import RunDirectory
+
+if TYPE_CHECKING:
+    from schelix_scale.genes.partition import Partition
+    from schelix_scale.genes.sketch import Sketch
+
+MIN_GENES = 20
+CLUSTER_DIMS = 50
+
+
+def find_genes(context: Context, directory: RunDirectory) -> None:
+    """Write genes.parquet, sketch.npz and cells.parquet: gene roles, and the variable genes of the sketched cells."""
+    from schelix_scale.genes.partition import ANCHOR, UNUSED, VARIANT
+
+    config = context.config
+    inputs = {"source": context.source_fingerprint, "cells": context.cells_hash, "seed": config.seed}
+    inputs |= {"data": config.data, "sketch": config.sketch, "genes": config.genes}
+    inputs |= {"scale_power": config.features.scale_power, "sketch_cells": context.sketch_cells}
+
+    def make(_: str) -> tuple[list[str], dict[str, Any]]:
+        sketch = _draw(context)
+        partition = _partition(context, sketch)
+        details = {
+            "values": sketch.values.kind,
+            "values_reason": sketch.values.reason,
+            "sketch_cells": len(sketch.rows),
+            "anchors": len(partition.positions(ANCHOR)),
+            "variants": len(partition.positions(VARIANT)),
+            "batch_signal": partition.signal,
+            "comparable": partition.comparable,
+            "single_stream": partition.single_stream,
+            "rounds": partition.rounds,
+            "cut": partition.cut,
+        }
+        _say_genes(context, partition.genes, details)
+        with directory.publish("genes.parquet") as path:
+            partition.genes.to_parquet(path)
+        with directory.publish("sketch.npz") as path:
+            sketch.save(path, np.flatnonzero((partition.genes["role"] != UNUSED).to_numpy()))
+        with directory.publish("cells.parquet") as path:
+            _cell_table(context).to_parquet(path)
+        return ["genes.parquet", "sketch.npz", "cells.parquet"], details
+
+    context.run_stage(directory, "genes", 2, inputs, [], make)
+
+
+def _draw(context: Context) -> Sketch:
+    """Read the sketch and say what its values are."""
+    from schelix_scale.genes.sketch import draw_sketch
+
+    config, store, batches, size = context.config, context.store, context.batches, context.sketch_cells
+    if size < min(store.n_cells, config.sketch.max_cells):
+        context.reporter.warn(
+            f"memory allows a sketch of {size:,} cells, not sketch.max_cells = {config.sketch.max_cells:,}; "
+            f"sketch.max_cells={size} gives the same result on a machine with more memory"
+        )
+    with context.reporter.stage("sketch", size) as progress:
+        sketch = draw_sketch(
+            store,
+            batches.codes,
+            batches.names,
+            config.sketch,
+            size,
+            config.data.values,
+            config.seed,
+            progress.advance,
+        )
+    context.reporter.say(f"values are {sketch.values.reason}")
+    return sketch
+
+
+def _partition(context: Context, sketch: Sketch) -> Partition:
+    """Choose and divide the genes."""
+    from schelix_scale.features.projection import fit_projection
+    from schelix_scale.genes.partition import partition_genes
+    from schelix_scale.genes.variable import variable_genes
+
+    config, x_ng, batch_n = context.config, sketch.x_ng, sketch.batch_n
+    with context.reporter.stage("genes", config.genes.iterations + 1, "steps") as progress:
+        hvg = variable_genes(x_ng, batch_n, config.genes.n_hvg, config.genes.min_batch_cells)
+        if len(hvg) < MIN_GENES:
+            raise DataError(
+                f"{context.store.source}: only {len(hvg)} genes are found in 3 cells or more; {MIN_GENES} are needed. "
+                "Check that cells are rows and genes are columns."
+            )
+        progress.advance(1)
+        return partition_genes(
+            x_ng,
+            context.store.gene_names,
+            hvg,
+            batch_n,
+            lambda genes: fit_projection(x_ng, genes, CLUSTER_DIMS, config.features.scale_power)[1],
+            config.genes,
+            config.seed,
+            context.threads,
+            None if context.level_n is None else context.level_n[sketch.rows],
+            progress.advance,
+        )
+
+
+def _say_genes(context: Context, genes: pd.DataFrame, details: dict[str, Any]) -> None:
+    signal = details["batch_signal"]
+    if details["comparable"] == 0:
+        context.reporter.warn(
+            "no cluster holds two batches: batches and cell types cannot be told apart, so nothing is corrected "
+            "(single stream)"
+        )
+    elif details["single_stream"]:
+        context.reporter.warn(
+            f"no batch signal beyond chance ({signal:.4f} of the variance inside clusters, the least that counts is "
+            f"{context.config.genes.min_signal}): single stream, nothing is corrected"
+        )
+    else:
+        context.reporter.say(
+            f"{details['anchors']:,} Anchors and {details['variants']:,} Variants ({_divided(context, details)}); "
+            f"batches explain {signal:.1%} of the variance inside clusters beyond chance"
+        )
+    empty = int((genes["mean"] == 0).sum())
+    if empty:
+        context.reporter.say(f"{empty:,} of {len(genes):,} genes are zero in every sketched cell and play no role")
+
+
+def _divided(context: Context, details: dict[str, Any]) -> str:
+    """Say how the genes were divided."""
+    how = {"random": "drawn at random", "none": "genes are not divided"}
+    return how.get(context.config.genes.partition, f"cut at rho {details['cut']:.2f}")
+
+
+def _cell_table(context: Context) -> pd.DataFrame:
+    """Row number, batch code and the chosen obs columns of every cell."""
+    table = context.obs()
+    table.insert(0, ROW, np.arange(len(table)))
+    table.insert(1, BATCH, context.batches.codes)
+    return table
