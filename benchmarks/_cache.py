@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from _code import code_digest
-from _machine import versions_of
+from _machine import threads, versions_of
 from _methods import COMMON, method_of
 from _tasks import Outcome, Task, TaskFailed, run_task
 
@@ -62,7 +62,7 @@ class Cache:
             return run_task(task, scratch)
         what = self.identity(task)
         entry = self._directory / "runs" / _key(what)
-        if task.method not in self._again and (found := _read(entry / "facts.json")) is not None:
+        if task.method not in self._again and (found := _complete(entry)) is not None:
             embeddings = {name: str(entry / file) for name, file in found["embeddings"].items()}
             return Outcome(**{**found, "settings": tuple(found["settings"]), "embeddings": embeddings, "kept": True})
         outcome = run_task(task, scratch)
@@ -78,7 +78,7 @@ class Cache:
             del facts["kept"]
             _write(partial / "identity.json", what)
             _write(partial / "facts.json", facts)
-            if task.method in self._again or _read(entry / "facts.json") is None:
+            if task.method in self._again or _complete(entry) is None:
                 shutil.rmtree(entry, ignore_errors=True)
             try:
                 partial.rename(entry)
@@ -103,6 +103,7 @@ class Cache:
             "python": ".".join(platform.python_version_tuple()[:2]),
             "versions": versions_of([*COMMON, *method.libraries]),
             "code": code_digest(method.run),
+            **({"threads": threads()} if task.method.startswith("schelix") else {}),  # which decide the last bits
         }
 
     def scores(
@@ -136,6 +137,12 @@ class Cache:
             with Path(file).open("rb") as stream:
                 self._digests[seen] = hashlib.file_digest(stream, "sha256").hexdigest()
         return self._digests[seen]
+
+
+def _complete(entry: Path) -> Any:
+    """Return the facts of a kept run; None when there is none, or an embedding of it was deleted."""
+    facts = _read(entry / "facts.json")
+    return facts if facts and all((entry / file).exists() for file in facts["embeddings"].values()) else None
 
 
 def _key(identity: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import _peers
+from _machine import threads
 from _prepare import partial_labels, prepared
 from _tasks import Task
 
@@ -48,7 +49,7 @@ def schelix(task: Task, scratch: Path) -> Embeddings:
     from schelix_scale.progress import QuietReporter
 
     reporter = QuietReporter()
-    config = load_config(overrides=[*task.settings, "embed.streams=true", f"seed={task.seed}"])
+    config = load_config(overrides=[*task.settings, "embed.streams=true", *_conditions(task)])
     run = integrate(task.data, batch_key=task.batch_key, out=scratch / "run", config=config, reporter=reporter)
     print(*reporter.messages, sep="\n")
     obsm = run.to_anndata().obsm
@@ -66,7 +67,7 @@ def schelix_labels(task: Task, scratch: Path) -> Embeddings:
     reporter = QuietReporter()
     adata = anndata.read_h5ad(task.data)
     adata.obs["partly_known"] = partial_labels(task)
-    config = load_config(overrides=[*task.settings, f"seed={task.seed}"])
+    config = load_config(overrides=[*task.settings, *_conditions(task)])
     run = integrate(
         adata,
         batch_key=task.batch_key,
@@ -89,6 +90,11 @@ METHODS: dict[str, Method] = {
     "concord": Method(_peers.concord, ("concord-sc", "torch")),
     "scanvi": Method(_peers.scanvi, ("scvi-tools", "torch", "lightning"), sees_labels=True),
 }
+
+
+def _conditions(task: Task) -> list[str]:
+    """Return the settings that make a run comparable: its seed, and the processor and threads that peers get."""
+    return [f"seed={task.seed}", "device=cpu", f"threads={threads()}"]
 
 
 def method_of(name: str) -> Method:

@@ -57,8 +57,9 @@ def totals(rows: Sequence[Row]) -> str:
         name: [_mean([row for row in group if row["method"] == name]) for group in sets.values()] for name in methods
     }
     means = {name: _mean_of(values) for name, values in table.items()}
-    best = [max((t for t in (table[m][i] for m in methods) if t is not None), default=None) for i in range(len(sets))]
-    best_mean = max((mean for mean in means.values() if mean is not None), default=None)
+    rivals = [name for name in methods if name == DEFAULT or _is_peer(name)]
+    best = [max((t for t in (table[m][i] for m in rivals) if t is not None), default=None) for i in range(len(sets))]
+    best_mean = max((means[name] for name in rivals if means[name] is not None), default=None)
     guards = {name: [_guard(sets.values(), name, guard) for guard in _GUARDS] for name in methods}
     lines = [_line(["method", *(f"{data} ({key})" for data, key in sets), "mean", *_GUARDS.values()])]
     lines.append("|---|" + "--:|" * (len(sets) + 1 + len(_GUARDS)))
@@ -96,7 +97,8 @@ def markdown(rows: Sequence[Row]) -> str:
 
 def ablations(rows: Sequence[Row]) -> str:
     """Return the totals of schelix with one part changed, and the mean difference to its defaults."""
-    rows = [row for row in rows if row["method"] == DEFAULT or "@" in row["method"]]
+    seeds = {row["seed"] for row in rows if "@" in row["method"]}
+    rows = [row for row in rows if (row["method"] == DEFAULT or "@" in row["method"]) and row["seed"] in seeds]
     sets = by_data(rows)
     table = {
         name: [_mean([row for row in group if row["method"] == name]) for group in sets.values()]

@@ -135,6 +135,8 @@ def check(arguments: argparse.Namespace) -> list[str]:
             load_config(overrides=settings_of(method, arguments.set))
         except SchelixError as error:
             raise UsageError(f"{method if '@' in method else '--set'}: {error}") from error
+    if any(setting.partition("=")[0].strip() == "data.label_key" for setting in arguments.set):
+        raise UsageError("--set data.label_key: the labels are what is scored; --methods schelix_labels uses a fifth")
     if arguments.no_cache and (arguments.fill or arguments.again):
         raise UsageError("--fill and --again keep embeddings in the cache, which --no-cache does without")
     needed = {library: name for name in methods for library in method_of(name).libraries}

@@ -33,6 +33,14 @@ BatchKey = Annotated[
         "--batch-key", "-b", help="obs column that names each cell's batch; 'batch' by default.", metavar="COLUMN"
     ),
 ]
+LabelKey = Annotated[
+    str | None,
+    typer.Option(
+        help="obs column of cell types, if some are known (others: unknown, or empty). Cells are pulled towards "
+        "those of their type.",
+        metavar="COLUMN",
+    ),
+]
 Layer = Annotated[
     str | None,
     typer.Option(help="Where the values are: X (the default), raw, or the name of a layer.", metavar="NAME"),
@@ -124,14 +132,7 @@ def integrate(
             metavar="0..1",
         ),
     ] = None,
-    label_key: Annotated[
-        str | None,
-        typer.Option(
-            help="obs column of cell types, if some are known (others: unknown, or empty). Cells are pulled towards "
-            "those of their type.",
-            metavar="COLUMN",
-        ),
-    ] = None,
+    label_key: LabelKey = None,
     layer: Layer = None,
     protect: Annotated[
         list[str] | None,
@@ -196,6 +197,7 @@ def inspect(
     context: typer.Context,
     source: Source,
     batch_key: BatchKey = None,
+    label_key: LabelKey = None,
     layer: Layer = None,
     config: ConfigFile = None,
     setting: Setting = None,
@@ -210,7 +212,9 @@ def inspect(
     from schelix_scale.inspection import inspect_source
     from schelix_scale.output import print_inspection, print_json
 
-    settings = load_config(config, [*(setting or ()), *([f"data.layer={layer}"] if layer is not None else ())])
+    options = {"data.layer": layer, "data.label_key": label_key}
+    given = [f"{key}={value}" for key, value in options.items() if value is not None]
+    settings = load_config(config, [*(setting or ()), *given])
     found = inspect_source(source, batch_key, settings)
     if as_json:
         print_json(found.to_dict())

@@ -145,11 +145,15 @@ class Config(_Settings):
 
     @model_validator(mode="after")
     def _labels_need_training(self) -> Config:
-        if self.data.label_key is not None and not (self.train.enabled and self.strength > 0):
+        train = self.train
+        used = train.enabled and self.strength > 0 and train.pull > 0 and train.label_share > 0
+        if self.data.label_key is not None and not used:
             raise ValueError(
-                "data.label_key: labels play their part in training, which train.enabled = false or strength = 0 "
-                "leaves out; change that, or give no labels"
+                "data.label_key: labels play their part in training, which strength, train.pull or train.label_share = "
+                "0 or train.enabled = false leave out; change that, or give no labels"
             )
+        if self.embed.fuse == "concatenate" and self.strength < 1:
+            raise ValueError('embed.fuse = "concatenate" is an ablation of the full method; it needs strength = 1')
         return self
 
     @field_validator("max_memory")

@@ -171,6 +171,8 @@ def _complaint(problem: Any, origins: Mapping[str, str]) -> str:
     while places and key not in origins:
         places.pop()
         key = ".".join(places)
-    key = key or ".".join(map(str, problem["loc"])) or "settings"
+    key = key or ".".join(map(str, problem["loc"]))
     allowed = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    if not key:  # a rule about several settings, whose message names them
+        return f"{allowed}."
     return f"{key} = {problem['input']!r} ({origins.get(key, 'combined')}) is not allowed: {allowed}."

@@ -28,7 +28,9 @@ def output_keys(model: DualStream, trained: bool, config: EmbedConfig) -> dict[s
     keys = {KEY: "fused" if trained else "backbone"}
     if trained and config.fuse == "concatenate" and not model.single_stream:
         keys[KEY] = CONCATENATED
-    if config.streams:
+    if config.streams and not trained:  # the streams of a network that learned nothing mean nothing
+        keys |= {STREAM_KEYS["backbone"]: "backbone"}
+    elif config.streams:
         keys |= {key: part for part, key in STREAM_KEYS.items() if part != "variant" or not model.single_stream}
     return keys
 

@@ -24,6 +24,7 @@ from schelix_scale.publish import size_of
 from schelix_scale.stores import CellStore, open_store
 from schelix_scale.stores.batches import likely_batch_columns, read_batches
 from schelix_scale.stores.checks import check_block, check_names
+from schelix_scale.stores.known_labels import read_labels
 from schelix_scale.stores.values import ValueDecision, decide_values
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ SECONDS_PER_PAIR = 4e-10  # exact search; shared by the cores
 COMPILATION_SECONDS = 25.0  # of pynndescent
 SECONDS_PER_NEIGHBOR = 8e-6  # pynndescent; shared by the cores
 SECONDS_PER_STEP = 0.02  # a training step of 1,024 cells, which more cores do not speed up
+SECONDS_PER_WALK = 4.5e-4  # a step of 1,024 random walks on the operator
 SECONDS_PER_EMBEDDED_CELL = 3e-5  # diffuse and embed
 
 
@@ -122,6 +124,7 @@ def inspect_source(
     _try(lambda: check_names(store), problems)
     decision = _values(store, key, config, problems) if store.n_cells and len(store.gene_names) else None
     _try(lambda: store.obs(config.data.protect), problems)
+    _try(lambda: read_labels(store, config.data), problems)
     if 0 < store.n_cells <= config.graph.k:
         remedy = f"Lower it: --set graph.k={max(store.n_cells // 2, 2)}."
         problems.append(f"{store.source} has {store.n_cells} cells, too few for graph.k = {config.graph.k}. {remedy}")
@@ -167,7 +170,8 @@ def estimate_costs(store: CellStore, config: Config) -> tuple[int, float]:
     seconds += sketch * SECONDS_PER_SKETCH_CELL * config.genes.iterations
     seconds += search / cores + (0 if exact else COMPILATION_SECONDS)
     trained = train.enabled and config.strength > 0
-    seconds += trained * steps * SECONDS_PER_STEP * train.batch_size / 1024 + n * SECONDS_PER_EMBEDDED_CELL
+    walked = min(train.refine_steps, train.max_epochs * epoch) * train.reach * SECONDS_PER_WALK
+    seconds += trained * (steps * SECONDS_PER_STEP + walked) * train.batch_size / 1024 + n * SECONDS_PER_EMBEDDED_CELL
     return int(memory), float(seconds)
 
 

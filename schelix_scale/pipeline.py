@@ -89,7 +89,10 @@ def integrate(
     """
     share_cores()
     given = {"strength": strength, "data.label_key": label_key}
-    settings |= {key: value for key, value in given.items() if value is not None}
+    named = {key.replace("__", "."): value for key, value in settings.items()}
+    if label_key is not None and named.get("data.label_key", label_key) != label_key:
+        raise ConfigError(f"label_key is {label_key!r} and data.label_key {named['data.label_key']!r}. Give one.")
+    settings = named | {key: value for key, value in given.items() if value is not None}
     chosen = merge_settings(config, batch_key, settings)
     resolve_device(chosen.device)
     reporter = reporter or RichReporter()

@@ -25,6 +25,8 @@ def find_genes(context: Context, directory: RunDirectory) -> None:
 
     config = context.config
     inputs = {"source": context.source_fingerprint, "cells": context.cells_hash, "seed": config.seed}
+    if context.known_labels is not None:  # the labels that are used are those that cells.parquet carries
+        inputs["labels"] = context.known_labels.digest
     inputs |= {"data": config.data, "sketch": config.sketch, "genes": config.genes}
     inputs |= {"scale_power": config.features.scale_power, "sketch_cells": context.sketch_cells}
 

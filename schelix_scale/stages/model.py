@@ -38,6 +38,8 @@ def train_model(context: Context, directory: RunDirectory) -> None:
         first = directory.record("graph").details["operator_id"]
         features, folder = open_features(cache, first), directory.path / "checkpoints"
         if settings.enabled:
+            if settings.refresh and not features.variant_ntv.shape[2]:
+                context.reporter.warn("train.refresh does nothing: a run without Variants has one phase, no between")
             refresh = Refresh(cache, settings, fingerprint, config.seed, context.threads, device, context.reporter)
             known = context.known_labels
             labels = None if known is None else Labels.arrange(known.codes, context.batches.codes)
@@ -93,6 +95,8 @@ def embed_cells(context: Context, directory: RunDirectory) -> None:
         state = final_checkpoint(directory.path / "checkpoints" / details["checkpoint"], details["key"])
         model = build_model(features, settings, config.seed).to(device)
         model.load_state_dict(state.model)
+        if config.embed.fuse == "concatenate" and model.single_stream:
+            context.reporter.warn('embed.fuse = "concatenate" does nothing: this run has no Variant stream')
         keys = output_keys(model, settings.enabled, config.embed)
         obs = pd.read_parquet(directory.path / "cells.parquet").drop(columns=[ROW, BATCH])
         uns = {

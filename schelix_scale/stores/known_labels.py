@@ -13,6 +13,7 @@ from schelix_scale.errors import DataError
 from schelix_scale.stores.base import CellStore
 
 UNKNOWN = -1
+MISSING = frozenset({"", "nan", "na", "n/a", "none", "<na>"})
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ class KnownLabels:
 def read_labels(store: CellStore, config: DataConfig) -> KnownLabels | None:
     """Read the labels of ``label_key``; None if the settings name no column.
 
-    Missing values, empty text and ``unknown_label`` (in any case) are cells whose label is not known.
+    Missing values, empty text, "nan", "NA", "none" and ``unknown_label``, in any case, are cells whose label is not
+    known.
 
     Raises
     ------
     DataError
-        The column is not there, holds numbers that are no codes, or has fewer than two known labels.
+        The column is not there, holds numbers, has fewer than two known labels, or names single cells.
     """
     key = config.label_key
     if key is None:
@@ -53,15 +55,20 @@ def read_labels(store: CellStore, config: DataConfig) -> KnownLabels | None:
     if key == config.batch_key:
         raise DataError(f"label_key: {key!r} is the batch key; labels name cell types, not batches.")
     column = store.obs([key])[key]
-    if pd.api.types.is_float_dtype(column.dtype):
-        raise DataError(f"{store.source}: obs column {key!r} holds numbers ({column.dtype}). Labels are text.")
-    text = column.astype("object").where(column.notna(), "").astype(str).str.strip()
-    text[text.str.casefold() == config.unknown_label.casefold()] = ""
-    names = sorted(set(text) - {""})
+    what = f"{store.source}: obs column {key!r} (label_key)"
+    if pd.api.types.is_float_dtype(column.dtype) and column.notna().any():
+        raise DataError(f"{what} holds numbers ({column.dtype}). Labels are text.")
+    raw, values = pd.factorize(column)
+    texts = [str(value).strip() for value in values]
+    unknown = MISSING | {config.unknown_label.casefold()}
+    names = sorted({text for text in texts if text.casefold() not in unknown})
     if len(names) < 2:
         raise DataError(
-            f"{store.source}: obs column {key!r} (label_key) has {len(names)} known labels; two are needed to tell "
-            f"cells apart. Unknown are missing values, empty text and {config.unknown_label!r} (data.unknown_label)."
+            f"{what} has {len(names)} known labels; two are needed to tell cells apart. Unknown are missing values, "
+            f"empty text, nan, NA, none and {config.unknown_label!r} (data.unknown_label)."
         )
-    codes = pd.Categorical(text, categories=names).codes  # -1 for ""
-    return KnownLabels(np.asarray(codes, dtype=np.int32), names)
+    if len(names) > max(2, store.n_cells // 2):
+        raise DataError(f"{what} has {len(names)} labels for {store.n_cells} cells: it looks like names of cells.")
+    place = {name: code for code, name in enumerate(names)}
+    codes = np.array([*(place.get(text, UNKNOWN) for text in texts), UNKNOWN], dtype=np.int32)
+    return KnownLabels(codes[raw], names)

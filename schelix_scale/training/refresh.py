@@ -73,9 +73,11 @@ class Refresh:
         sample = rng.choice(features.n_cells, min(JACCARD_CELLS, features.n_cells), replace=False)
         overlap = jaccard(features.operator, fresh, sample)
         if overlap > self.config.refresh_jaccard:
-            self.reporter.say(f"graph kept: neighbours of the trained Anchors overlap by {overlap:.2f}")
+            self.reporter.say(f"graph kept: neighbours of the current Anchor latents overlap by {overlap:.2f}")
             return features
-        self.reporter.say(f"graph refreshed as {name}: neighbours of the trained Anchors overlap by {overlap:.2f}")
+        self.reporter.say(
+            f"graph refreshed as {name}: neighbours of the current Anchor latents overlap by {overlap:.2f}"
+        )
         blended = blend(features.operator, fresh, self.config.refresh_blend)
         audit = replace(audit, method=f"{audit.method}, before it was blended with {features.operator_id}")
         with self.reporter.stage("refresh: diffusion", self.cache.work) as progress:

@@ -24,6 +24,7 @@ def codes(values: object, **changed: object) -> tuple[list[int], list[str]]:
     "values",
     [
         ["T", "B", None, "T", "Unknown", ""],
+        ["T", "B", "nan", "T", "NA", "None"],
         pd.Categorical(["T", "B", None, "T", "UNKNOWN", " "], categories=["UNKNOWN", "T", "B", " ", "never"]),
         pd.array(["T", "B", pd.NA, "T", "unknown ", ""], dtype="string"),
     ],
@@ -33,7 +34,7 @@ def test_unknown_in_every_form(values: object) -> None:
 
 
 def test_another_word_for_unknown() -> None:
-    assert codes(["T", "B", "n/a", "T", "unknown", "B"], unknown_label="N/A") == (
+    assert codes(["T", "B", "?", "T", "unknown", "B"], unknown_label="?") == (
         [1, 0, -1, 1, 2, 0],
         ["B", "T", "unknown"],
     )
@@ -48,6 +49,8 @@ def test_integer_labels_are_taken_by_their_text() -> None:
     [
         (["T", None, "unknown", "T", "T", ""], r"has 1 known labels; two are needed .*data\.unknown_label"),
         ([0.5, 1, 2, 3, 4, 5], "holds numbers"),
+        ([np.nan] * 6, "has 0 known labels"),
+        (["a", "b", "c", "d", "e", "f"], "6 labels for 6 cells: it looks like names of cells"),
     ],
 )
 def test_columns_that_are_no_labels(values: object, message: str) -> None:
