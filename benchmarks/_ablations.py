@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 ABLATIONS: dict[str, list[str]] = {
-    "all-genes": ["genes.partition=none"],
+    "all-genes": ["genes.partition=all"],
     "random-partition": ["genes.partition=random"],
     "no-correction": ["features.correct=false"],
     "no-diffusion": ["graph.hops=[0]"],

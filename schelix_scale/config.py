@@ -51,7 +51,7 @@ class GenesConfig(_Settings):
     max_anchor_share: float = Field(0.75, gt=0, lt=1)
     permutations: int = Field(10, ge=2, description="batch permutations of the no-batch-signal null")
     min_signal: float = Field(0.0005, ge=0, description="batch share of variance below which nothing is corrected")
-    partition: Literal["sensitivity", "random", "none"] = Field(
+    partition: Literal["sensitivity", "random", "all"] = Field(
         "sensitivity", description="an ablation: Anchors drawn at random, as many; or all genes are Anchors"
     )
 
@@ -102,7 +102,7 @@ class TrainConfig(_Settings):
     alignment: Literal["asymmetric", "symmetric"] = Field(
         "asymmetric", description="symmetric lets the Anchors move towards the Variants as well"
     )
-    batch_size: int = Field(1024, ge=8)
+    batch_size: int = Field(1024, ge=8, description="cells of a step; an eighth of the cells if that is less")
     align_steps: int = Field(400, ge=1)
     refine_steps: int = Field(400, ge=1)
     learning_rate: float = Field(1e-3, gt=0)

@@ -164,14 +164,15 @@ def estimate_costs(store: CellStore, config: Config) -> tuple[int, float]:
     exact = graph.method == "exact" or (graph.method == "auto" and n < graph.exact_below)
     search = n**2 * SECONDS_PER_PAIR if exact else n * graph.k * SECONDS_PER_NEIGHBOR
     train = config.train
-    epoch = -(-n // train.batch_size)
+    size = min(train.batch_size, max(n // 8, 48))
+    epoch = -(-n // size)
     steps = sum(min(phase, train.max_epochs * epoch) for phase in (train.align_steps, train.refine_steps))
     seconds = BASE_SECONDS + (sketch + n) * per_cell * SECONDS_PER_VALUE / cores
     seconds += sketch * SECONDS_PER_SKETCH_CELL * config.genes.iterations
     seconds += search / cores + (0 if exact else COMPILATION_SECONDS)
     trained = train.enabled and config.strength > 0
     walked = min(train.refine_steps, train.max_epochs * epoch) * train.reach * SECONDS_PER_WALK
-    seconds += trained * (steps * SECONDS_PER_STEP + walked) * train.batch_size / 1024 + n * SECONDS_PER_EMBEDDED_CELL
+    seconds += trained * (steps * SECONDS_PER_STEP + walked) * size / 1024 + n * SECONDS_PER_EMBEDDED_CELL
     return int(memory), float(seconds)
 
 

@@ -145,7 +145,7 @@ def test_without_a_partition_anchors_are_corrected_and_batches_reweighted(
     adata: anndata.AnnData, tmp_path: Path
 ) -> None:
     """There is batch signal, so that nothing is left out but the Variants."""
-    settings = {"genes.partition": "none", "train.enabled": False}
+    settings = {"genes.partition": "all", "train.enabled": False}
     none = run(adata, tmp_path / "none", **settings)
     plain = run(adata, tmp_path / "plain", **settings, **{"graph.theta": 0})
     summary = none.manifest["summary"]
@@ -165,7 +165,7 @@ def test_without_a_partition_anchors_are_corrected_and_batches_reweighted(
 
 
 def test_without_a_partition_the_whole_run_finishes(adata: anndata.AnnData, tmp_path: Path) -> None:
-    reporter, settings = QuietReporter(), {**SETTINGS, "genes.partition": "none", "strength": 0.5}
+    reporter, settings = QuietReporter(), {**SETTINGS, "genes.partition": "all", "strength": 0.5}
     result = integrate(adata, batch_key="batch", out=tmp_path / "run", reporter=reporter, **settings)  # type: ignore[arg-type]
     assert any("120 Anchors and 0 Variants (genes are not divided)" in message for message in reporter.messages)
     assert set(result.to_anndata().obsm) == {"X_schelix", "X_schelix_backbone", "X_schelix_anchor"}

@@ -74,7 +74,7 @@ def partition_genes(
     Cells are clustered on the current Anchors (first on all of them), the genes' batch sensitivity is
     measured inside the clusters, the Anchors are those below the cut; repeated until they hold still.
 
-    For ablations, ``config.partition`` is ``random`` (as many Anchors, drawn with the seed) or ``none`` (all are
+    For ablations, ``config.partition`` is ``random`` (as many Anchors, drawn with the seed) or ``all`` (all are
     Anchors, and there are no Variants); the batch signal is measured all the same.
 
     Parameters
@@ -104,7 +104,7 @@ def partition_genes(
             signal = batch_signal(values, cluster_n, batch_n, level_n, found, config.permutations, seed)
             if signal <= config.min_signal or found.comparable == 0:
                 return _assemble(x_ng, gene_names, hvg, found, np.arange(len(hvg)), signal, True, rounds, 1.0)
-        if config.partition == "none":
+        if config.partition == "all":
             return _assemble(x_ng, gene_names, hvg, found, np.arange(len(hvg)), signal, False, rounds, 1.0)
         advance(1)
         previous, anchors = anchors, choose_anchors(found.rho, found.gamma, config)

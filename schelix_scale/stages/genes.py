@@ -135,7 +135,7 @@ def _say_genes(context: Context, genes: pd.DataFrame, details: dict[str, Any]) -
 
 def _divided(context: Context, details: dict[str, Any]) -> str:
     """Say how the genes were divided."""
-    how = {"random": "drawn at random", "none": "genes are not divided"}
+    how = {"random": "drawn at random", "all": "genes are not divided"}
     return how.get(context.config.genes.partition, f"cut at rho {details['cut']:.2f}")
 
 

@@ -32,6 +32,7 @@ WALK_STEPS, WALK_TAG = 2, 0x3A1C
 VALIDATION_SHARE = 0.05
 MAX_VALIDATION = 2_000
 SLOW, WARM_UP = 0.1, 0.1
+STEPS_AN_EPOCH, FEWEST_ROWS = 8, 48  # small data are cut into more steps: few steps teach little
 ALIGN, REFINE = "align", "refine"
 
 
@@ -127,7 +128,8 @@ def _run_phase(
     if state.stale >= config.patience:
         return
     rows_train, rows_valid = split_rows(features.n_cells, training.seed)
-    plan = Plan(len(rows_train), min(config.batch_size, len(rows_train)), (training.seed, state.phase))
+    size = min(config.batch_size, max(FEWEST_ROWS, len(rows_train) // STEPS_AN_EPOCH), len(rows_train))
+    plan = Plan(len(rows_train), size, (training.seed, state.phase))
     budget = min(budget, config.max_epochs * plan.steps_per_epoch)
     model.load_state_dict(state.model)
     optimizer = _optimizer(model, name, config)

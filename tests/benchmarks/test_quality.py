@@ -54,11 +54,12 @@ def test_a_batch_key_of_no_file_is_refused(files: list[Path]) -> None:
     ("arguments", "message"),
     [
         ([], "no DATA given"),
-        (["{kang}", "--methods", "pca,magic"], "unknown method magic. There are: schelix, pca, harmony"),
+        (["{kang}", "--methods", "pca,magic"], "unknown method magic. There are: schelix, schelix_labels, pca"),
         (["{kang}", "--methods", ","], "names none"),
         (["{kang}", "--seeds", "0"], "at least 1"),
         (["{kang}", "--methods", "schelix@magic"], "unknown method schelix@magic"),
         (["{kang}", "--set", "graph.kk=3"], "unknown setting graph.kk"),
+        (["{kang}", "--set", "data.label_key=cell_type"], "the labels are what is scored"),
         (["{kang}", "--fill", "--no-cache"], "which --no-cache does without"),
         (["{kang}", "--split", "--methods", "pca"], "--split has its own methods, schelix, pca, harmony"),
         (["{kang}.gone"], "there is no file"),
@@ -101,7 +102,7 @@ def test_methods_that_are_run() -> None:
 
 def test_settings_are_for_schelix_and_its_ablations() -> None:
     assert settings_of("schelix", ["graph.k=9"]) == ("graph.k=9",)
-    assert settings_of("schelix@no-gate", ["graph.k=9"]) == ("graph.k=9", *ABLATIONS["no-gate"])
+    assert settings_of("schelix@gate-off", ["graph.k=9"]) == ("graph.k=9", *ABLATIONS["gate-off"])
     assert settings_of("harmony", ["graph.k=9"]) == ()
 
 
