@@ -11,6 +11,7 @@ import pytest
 
 import schelix_scale
 from schelix_scale.config import Config, GraphConfig, TrainConfig
+from schelix_scale.errors import ConfigError
 from schelix_scale.pipeline import integrate
 from schelix_scale.progress import QuietReporter
 from schelix_scale.stages.graph import graph_settings
@@ -191,3 +192,22 @@ def test_without_a_correction(adata: anndata.AnnData, tmp_path: Path) -> None:
     types = adata.obs["cell_type"].cat.codes.to_numpy()
     hops = np.load(last)
     assert within_and_between(hops[:, -1], types) > within_and_between(hops[:, 0], types)
+
+
+def test_concatenated_fuse_puts_the_variants_beside(adata: anndata.AnnData, tmp_path: Path) -> None:
+    """The gate's embedding, and Variant latents of length .4 beside it, in their directions."""
+    gate = run(adata, tmp_path / "gate").to_anndata().obsm
+    beside = run(adata, tmp_path / "beside", **{"embed.fuse": "concatenate"}).embedding
+    assert beside.shape == (adata.n_obs, 20)
+    np.testing.assert_array_equal(beside[:, :10], gate["X_schelix"])
+    variant = gate["X_schelix_variant"].astype(float)
+    expected = 0.4 * variant / np.linalg.norm(variant, axis=1, keepdims=True)
+    np.testing.assert_allclose(beside[:, 10:], expected, atol=1e-5)
+    with pytest.raises(ConfigError, match="it needs strength = 1"):
+        run(adata, tmp_path / "refused", strength=0.5, **{"embed.fuse": "concatenate"})
+
+
+def test_untrained_streams_are_not_written(adata: anndata.AnnData, tmp_path: Path) -> None:
+    obsm = run(adata, tmp_path / "run", **{"train.enabled": False}).to_anndata().obsm
+    assert set(obsm) == {"X_schelix", "X_schelix_backbone"}
+    np.testing.assert_array_equal(obsm["X_schelix"], obsm["X_schelix_backbone"])

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from schelix_scale.config import TrainConfig
 from schelix_scale.errors import TrainingError
 from schelix_scale.model.streams import DualStream
 from schelix_scale.progress import QuietReporter
@@ -393,9 +394,10 @@ def test_walks_lead_to_labelled_cells(tmp_path: Path) -> None:
     assert found[1] < 0.8 * found[0]
 
 
-def test_max_epochs_bounds_the_steps(tmp_path: Path) -> None:
-    """228 of 240 rows train, 48 a step: five steps an epoch."""
-    _, _, reporter = run(tmp_path, align_steps=500, refine_steps=7, max_epochs=3)
+@pytest.mark.parametrize("batch_size", [48, 1024])
+def test_max_epochs_bounds_the_steps(tmp_path: Path, batch_size: int) -> None:
+    """228 of 240 rows train, 48 a step, which is the most for so few: five steps an epoch."""
+    _, _, reporter = run(tmp_path, align_steps=500, refine_steps=7, max_epochs=3, batch_size=batch_size)
     assert reporter.stages == [("train: align", 15), ("train: refine", 7)]
     assert reporter.steps == 22
 
@@ -414,12 +416,12 @@ def test_single_stream_is_refined_only(tmp_path: Path) -> None:
     assert not same_weights(model, build_model(features, CONFIG, 0))
 
 
-def gradients(phase: str) -> dict[str, float]:
+def gradients(phase: str, config: TrainConfig = CONFIG) -> dict[str, float]:
     """Largest gradient of each part of the model after one loss."""
     features = cached()
     model = build_model(features, CONFIG, 0)
     own, other = (features.cells(rows, torch.device("cpu")) for rows in (np.arange(30), np.arange(30, 60)))
-    torch.autograd.backward((align_loss if phase == "align" else refine_loss)(model, own, other, CONFIG))
+    torch.autograd.backward((align_loss if phase == "align" else refine_loss)(model, own, other, config))
     found: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         size = 0.0 if parameter.grad is None else float(parameter.grad.abs().max())
@@ -432,6 +434,15 @@ def test_align_teaches_variants_and_not_anchors() -> None:
     found = gradients("align")
     assert found["variant_encoder"] > 1e-6
     assert {part for part, size in found.items() if size} == {"variant_encoder"}
+
+
+def test_symmetric_alignment_teaches_both(tmp_path: Path) -> None:
+    found = gradients("align", CONFIG.model_copy(update={"alignment": "symmetric"}))
+    assert {part for part, size in found.items() if size > 1e-9} == {"variant_encoder", "anchor_encoder"}
+    _, cache, _ = run(tmp_path, alignment="symmetric", learning_rate=0.01)
+    fresh, aligned_ = build_model(cached(), CONFIG, 0).state_dict(), cache.refreshed[0][1]
+    changed = {name.split(".")[0] for name, value in aligned_.items() if not torch.equal(value, fresh[name])}
+    assert changed == {"variant_encoder", "anchor_encoder"}
 
 
 def test_refine_reaches_every_part() -> None:
