@@ -133,7 +133,7 @@ def test_mapping_may_hold_tuples_and_null() -> None:
         (["strength=1.5"], r"strength = 1\.5 .* less than or equal to 1"),
         (["strength=-0.1"], r"strength = -0\.1 .* greater than or equal to 0"),
         ({"strength": float("nan")}, r"strength = nan .* it should be"),
-        (["genes.partition=all"], r"genes\.partition = 'all' .*'sensitivity', 'random' or 'none'"),
+        (["genes.partition=some"], r"genes\.partition = 'some' .*'sensitivity', 'random' or 'all'"),
         (["max_memory=lots"], r"max_memory = 'lots' .* such as 500MB, 4GB or 2GiB"),
         (["device=gpu"], r"device = 'gpu' .*cuda"),
         (["graph.k=1", "genes.cut=best"], r"(?s)(?=.*graph\.k = 1 )(?=.*genes\.cut = 'best')"),
