@@ -14,5 +14,6 @@ ABLATIONS: dict[str, list[str]] = {
     "gate-unbounded": ["train.gate=1000"],
     "concatenated-fuse": ["embed.fuse=concatenate"],
     "refresh": ["train.refresh=true"],
+    "expression-input": ["train.input=stream", "train.loadings=learned"],
     "backbone-only": ["train.enabled=false"],
 }

@@ -25,12 +25,24 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Source = Annotated[str, typer.Argument(help="An .h5ad file or a .zarr directory in anndata layout.", metavar="SOURCE")]
+Sources = Annotated[
+    list[str],
+    typer.Argument(
+        help="An .h5ad file or a .zarr directory in anndata layout, or a TileDB-SOMA experiment (directory or "
+        "address); several, or a quoted pattern, are joined by gene names. Or a part of the CELLxGENE Census: "
+        "census:homo_sapiens.",
+        metavar="SOURCE",
+    ),
+]
 RunPath = Annotated[str, typer.Argument(help="The directory that [bold]integrate -o[/] named.", metavar="RUN")]
 BatchKey = Annotated[
     str | None,
     typer.Option(
-        "--batch-key", "-b", help="obs column that names each cell's batch; 'batch' by default.", metavar="COLUMN"
+        "--batch-key",
+        "-b",
+        help="obs column that names each cell's batch, or several: dataset,assay. 'batch' by default; of several files "
+        "without it, each is a batch.",
+        metavar="COLUMN",
     ),
 ]
 LabelKey = Annotated[
@@ -45,6 +57,21 @@ Layer = Annotated[
     str | None,
     typer.Option(help="Where the values are: X (the default), raw, or the name of a layer.", metavar="NAME"),
 ]
+GenesJoin = Annotated[
+    str | None,
+    typer.Option(help="Of several files: intersection (the genes that all have, the default) or union.", metavar="HOW"),
+]
+ObsFilter = Annotated[
+    str | None,
+    typer.Option(
+        help="SOMA and Census: which cells, such as \"tissue_general == 'lung' and is_primary_data == True\".",
+        metavar="FILTER",
+    ),
+]
+CensusVersion = Annotated[
+    str | None, typer.Option(help="A release date, stable (the default) or latest.", metavar="DATE")
+]
+CensusUri = Annotated[str | None, typer.Option(help="A local or mirrored census.", metavar="DIR")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of settings.", metavar="FILE")]
 Setting = Annotated[
     list[str] | None,
@@ -114,6 +141,9 @@ def _root(
     epilog="[bold]Examples[/]\n\n"
     "  schelix integrate atlas.h5ad --batch-key donor -o atlas-run\n\n"
     "  schelix integrate atlas.zarr -b sample -o run --layer counts --protect condition\n\n"
+    "  schelix integrate donors/*.h5ad -o donors-run\n\n"
+    "  schelix integrate census:homo_sapiens --obs-filter \"tissue_general == 'lung' and is_primary_data == True\" "
+    "-b dataset_id,assay -o lung-run\n\n"
     "  schelix integrate atlas.h5ad -b donor -o gentle-run --strength 0.5\n\n"
     "  schelix integrate atlas.h5ad -o run --config atlas.toml --set genes.n_hvg=3000 --set graph.k=50\n\n"
     "Then, in Python:  anndata.read_zarr('atlas-run/embedding.zarr').obsm\\['X_schelix']"
@@ -121,7 +151,7 @@ def _root(
 @_reported
 def integrate(
     context: typer.Context,
-    source: Source,
+    source: Sources,
     out: Annotated[str, typer.Option("--out", "-o", help="The run directory, made or continued.", metavar="RUN")],
     batch_key: BatchKey = None,
     strength: Annotated[
@@ -134,6 +164,10 @@ def integrate(
     ] = None,
     label_key: LabelKey = None,
     layer: Layer = None,
+    genes_join: GenesJoin = None,
+    obs_filter: ObsFilter = None,
+    census_version: CensusVersion = None,
+    census_uri: CensusUri = None,
     protect: Annotated[
         list[str] | None,
         typer.Option(help="obs column whose effect is not batch (condition, time). May be repeated.", metavar="COLUMN"),
@@ -147,6 +181,14 @@ def integrate(
     threads: Annotated[int | None, typer.Option(help="All cores by default.")] = None,
     device: Annotated[
         str | None, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps.", metavar="NAME")
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            help="A dask.distributed cluster that passes over all cells; threads by default. Its workers need SOURCE "
+            "and RUN at the same paths.",
+            metavar="tcp://HOST:PORT",
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over: remove the run that is in RUN.")] = False,
     quiet: Quiet = False,
@@ -166,15 +208,20 @@ def integrate(
         "strength": strength,
         "data.label_key": label_key,
         "data.layer": layer,
+        "data.genes_join": genes_join,
+        "data.obs_filter": obs_filter,
+        "data.census_version": census_version,
+        "data.census_uri": census_uri,
         "data.protect": protect or None,
         "max_memory": max_memory,
         "seed": seed,
         "threads": threads,
         "device": device,
+        "scheduler": scheduler,
     }
     reporter = _reporter(quiet)
     run = integrate_cells(
-        source,
+        _one_or_all(source),
         batch_key=batch_key,
         out=out,
         config=load_config(config, setting or ()),
@@ -195,10 +242,14 @@ def integrate(
 @_reported
 def inspect(
     context: typer.Context,
-    source: Source,
+    source: Sources,
     batch_key: BatchKey = None,
     label_key: LabelKey = None,
     layer: Layer = None,
+    genes_join: GenesJoin = None,
+    obs_filter: ObsFilter = None,
+    census_version: CensusVersion = None,
+    census_uri: CensusUri = None,
     config: ConfigFile = None,
     setting: Setting = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write JSON to standard output.")] = False,
@@ -212,10 +263,11 @@ def inspect(
     from schelix_scale.inspection import inspect_source
     from schelix_scale.output import print_inspection, print_json
 
-    options = {"data.layer": layer, "data.label_key": label_key}
+    options = {"data.layer": layer, "data.label_key": label_key, "data.genes_join": genes_join}
+    options |= {"data.obs_filter": obs_filter, "data.census_version": census_version, "data.census_uri": census_uri}
     given = [f"{key}={value}" for key, value in options.items() if value is not None]
     settings = load_config(config, [*(setting or ()), *given])
-    found = inspect_source(source, batch_key, settings)
+    found = inspect_source(_one_or_all(source), batch_key, settings)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -254,18 +306,34 @@ def export(
     context: typer.Context,
     run: RunPath,
     file: Annotated[
-        str, typer.Argument(help="The copy to write: .h5ad if the source was one, .zarr if not.", metavar="FILE")
+        str,
+        typer.Argument(
+            help="The copy to write: .h5ad if the source was one, .zarr if not; either for a source that is not "
+            "copied (SOMA, Census, several files).",
+            metavar="FILE",
+        ),
     ],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE if it is there.")] = False,
+    into_source: Annotated[
+        bool,
+        typer.Option(
+            "--into-source", help="FILE is the SOMA experiment that RUN has read: the embedding is added to it."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace FILE, or the embedding that is in it, if it is there.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a copy of the source file of RUN with the embedding in it, as obsm 'X_schelix'.
 
-    The source must be where it was, and unchanged; it is only read.
+    The source must be where it was, and unchanged; it is only read. Of a SOMA experiment, the Census or several
+    files, obs and the embedding are written without X; --into-source adds the embedding to a SOMA experiment.
     """
     from schelix_scale.export import KEY, export_run
+    from schelix_scale.export_soma import export_into_source
 
-    written = export_run(run, file, overwrite, _reporter(quiet))
+    export_to = export_into_source if into_source else export_run
+    written = export_to(run, file, overwrite, _reporter(quiet))
     if not quiet:
         typer.echo(f"wrote {written} with obsm[{KEY!r}]")
 
@@ -291,6 +359,10 @@ def demo(
     repeat_warnings(reporter)
     if not quiet:
         print_demo(result)
+
+
+def _one_or_all(source: list[str]) -> str | list[str]:
+    return source[0] if len(source) == 1 else source
 
 
 def _reporter(quiet: bool) -> Reporter:

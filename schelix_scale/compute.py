@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from schelix_scale.config import Config
 from schelix_scale.errors import ConfigError
+
+MMAP_BYTES, ARENAS = 2 << 20, 2
 
 
 def share_cores() -> None:
@@ -17,6 +22,31 @@ def share_cores() -> None:
     threads spin for it. Only works before torch and scikit-learn are loaded.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def keep_memory_low() -> None:
+    """Let glibc give large blocks back as soon as they are freed, and let threads share two pools of small ones.
+
+    By default it learns to keep ever larger blocks, in a pool for each thread: a run of 200,000 cells held 200 MB more.
+    Environment variables of glibc (``MALLOC_*``) win. Nothing is done where there is another C library.
+    """
+    for option, number, value in (("MMAP_THRESHOLD_", -3, MMAP_BYTES), ("ARENA_MAX", -8, ARENAS)):
+        if f"MALLOC_{option}" not in os.environ:
+            _glibc("mallopt", number, value)
+
+
+def release_memory() -> None:
+    """Give memory that was freed back to the system, where glibc would keep it for later."""
+    gc.collect()
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    """Call a function of glibc, if that is the C library here."""
+    if sys.platform == "linux":
+        call = getattr(ctypes.CDLL(None), function, None)
+        if call is not None:
+            call(*arguments)
 
 
 def thread_count(config: Config) -> int:

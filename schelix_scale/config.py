@@ -22,7 +22,11 @@ class _Settings(BaseModel):
 class DataConfig(_Settings):
     """Where in the source the values and the batches are."""
 
-    batch_key: str = Field("batch", min_length=1, description="obs column that names the batch of each cell")
+    batch_key: str = Field(
+        "batch",
+        min_length=1,
+        description="obs column that names the batch of each cell; several, joined: dataset,assay",
+    )
     layer: str = Field("X", min_length=1, description="X, raw, or the name of a layer")
     values: Literal["auto", "counts", "linear", "log"] = Field(
         "auto", description="what the values are; auto decides from the data and says so"
@@ -31,6 +35,15 @@ class DataConfig(_Settings):
     unknown_label: str = Field("unknown", description="in label_key: not known (any case; missing values neither)")
     protect: tuple[str, ...] = Field((), description="obs columns (condition, time) whose effect is not batch")
     obs_columns: tuple[str, ...] | None = Field(None, description="obs columns carried into the run; all by default")
+    genes_join: Literal["intersection", "union"] = Field(
+        "intersection", description="of several files: the genes that all have, or all genes (some not measured in all)"
+    )
+    obs_filter: str | None = Field(None, min_length=1, description="SOMA and Census: which cells, as a value filter")
+    measurement: str = Field("RNA", min_length=1, description="SOMA: the measurement that is read")
+    timestamp: int | None = Field(None, ge=0, description="SOMA: read as of this time (milliseconds since 1970)")
+    tiledb: dict[str, str] = Field({}, description='SOMA: settings of TileDB, as "vfs.s3.region"')
+    census_version: str = Field("stable", min_length=1, description="Census: a release date, stable or latest")
+    census_uri: str | None = Field(None, min_length=1, description="Census: a local or mirrored one")
 
 
 class SketchConfig(_Settings):
@@ -116,6 +129,18 @@ class TrainConfig(_Settings):
     refresh: bool = Field(False, description="rebuild the graph from the Anchor latent between the phases")
     refresh_blend: float = Field(0.5, ge=0, le=1)
     refresh_jaccard: float = Field(0.9, ge=0, le=1)
+    input: Literal["cache", "stream"] = Field(
+        "cache", description="where a step's own cells come from: their cached features, or their expression"
+    )
+    loadings: Literal["frozen", "learned"] = Field(
+        "frozen", description='whether the first layers, PCA of the sketch, learn; learned needs input = "stream"'
+    )
+
+    @model_validator(mode="after")
+    def _learning_needs_expression(self) -> TrainConfig:
+        if self.loadings == "learned" and self.input != "stream":
+            raise ValueError('loadings = "learned" needs expression to learn from; set train.input = "stream" too')
+        return self
 
 
 class EmbedConfig(_Settings):
@@ -135,6 +160,10 @@ class Config(_Settings):
     threads: int | None = Field(None, ge=1, description="threads of numeric libraries; all cores by default")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
     max_memory: str | None = Field(None, description="e.g. 4GB; half of RAM by default")
+    scheduler: str | None = Field(
+        None,
+        description="a dask.distributed cluster for the pass over all cells, e.g. tcp://10.0.0.1:8786; else threads",
+    )
     data: DataConfig = DataConfig()
     sketch: SketchConfig = SketchConfig()
     genes: GenesConfig = GenesConfig()
@@ -152,9 +181,24 @@ class Config(_Settings):
                 "data.label_key: labels play their part in training, which strength, train.pull or train.label_share = "
                 "0 or train.enabled = false leave out; change that, or give no labels"
             )
+        if train.input == "stream" and 0 not in self.graph.hops:
+            raise ValueError(
+                'train.input = "stream" reads hop 0 of the features, which graph.hops leaves out; add 0 to them'
+            )
+        if train.loadings == "learned" and self.graph.hops == (0,):
+            raise ValueError(
+                'train.loadings = "learned" would move the backbone, hop 0, that it is held by; add a hop to graph.hops'
+            )
         if self.embed.fuse == "concatenate" and self.strength < 1:
             raise ValueError('embed.fuse = "concatenate" is an ablation of the full method; it needs strength = 1')
         return self
+
+    @field_validator("scheduler")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None and not _ADDRESS.fullmatch(value):
+            raise ValueError(f"{value!r} is no address of a dask.distributed scheduler, such as tcp://10.0.0.1:8786")
+        return value
 
     @field_validator("max_memory")
     @classmethod
@@ -164,8 +208,9 @@ class Config(_Settings):
         return value
 
 
+_ADDRESS = re.compile(r"(tcp|tls|ucx|ws|wss)://\S+")
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-_MAY_CHANGE = frozenset({"max_memory", "device"})
+_MAY_CHANGE = frozenset({"max_memory", "device", "scheduler"})
 
 
 def parse_bytes(text: str) -> int:
@@ -220,8 +265,8 @@ def _cgroup_limits(root: Path, membership: Path) -> Iterator[int]:
 def config_differences(a: Config | Mapping[str, Any], b: Config | Mapping[str, Any]) -> list[str]:
     """Return what differs from ``a`` to ``b``, such as ``graph.k: 30 -> 15``.
 
-    ``max_memory`` and ``device`` are left out: a run goes on with others of them. (A sketch of another size, which
-    less memory can mean, is noticed by the stage that draws it.)
+    ``max_memory``, ``device`` and ``scheduler`` are left out: a run goes on with others of them. (A sketch of another
+    size, which less memory can mean, is noticed by the stage that draws it.)
     """
     old, new = _flat(a), _flat(b)
     keys = [key for key in {**old, **new} if key not in _MAY_CHANGE]

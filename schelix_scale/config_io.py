@@ -94,12 +94,24 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 def _assign(tree: dict[str, Any], key: str, value: Any, origin: str) -> None:
     known = _annotations()
+    free = next((name for name in known if key.startswith(f"{name}.") and typing.get_origin(known[name]) is dict), None)
+    if free is not None:  # data.tiledb: whatever comes after it, dots included, is a name of TileDB's, its value text
+        text = value if isinstance(value, str) else json.dumps(value)
+        _assign(tree, free, _assigned(tree, free) | {key.removeprefix(f"{free}."): text}, origin)
+        return
     if key not in known:
         raise ConfigError(_unknown(key, origin, list(known)))
     *tables, leaf = key.split(".")
     for table in tables:
         tree = tree.setdefault(table, {})
     tree[leaf] = value
+
+
+def _assigned(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return the table that is at ``key`` so far."""
+    for name in key.split("."):
+        tree = tree.get(name, {})
+    return dict(tree)
 
 
 def _unknown(key: str, origin: str, known: list[str]) -> str:

@@ -6,7 +6,8 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,9 +18,13 @@ from schelix_scale.errors import DataError
 from schelix_scale.genes.sketch import SKETCH_SHARE, sketch_size
 from schelix_scale.progress import Reporter
 from schelix_scale.run import RunDirectory, StageRecord
-from schelix_scale.stores.base import CellStore
-from schelix_scale.stores.batches import Batches, read_batches
+from schelix_scale.stores.base import CellStore, Measured, partly_measured
+from schelix_scale.stores.batches import Batches, batch_columns, default_batch_key, read_batches
+from schelix_scale.stores.joined import JoinedStore
 from schelix_scale.stores.known_labels import KnownLabels, read_labels
+
+if TYPE_CHECKING:
+    from schelix_scale.graph.search import SearchProcess
 
 ROW, BATCH = "schelix_row", "schelix_batch"
 PLAIN = ("string", "boolean", "integer", "floating", "mixed-integer-float", "empty")
@@ -45,6 +50,8 @@ class Context:
         Threads and bytes that the stages may use.
     source_fingerprint
         Of the store's content.
+    search
+        A process that gets ready to find neighbours, or None: they are found in this one.
     """
 
     store: CellStore
@@ -56,16 +63,20 @@ class Context:
     threads: int
     budget: int
     source_fingerprint: str
+    search: SearchProcess | None = None
 
     @classmethod
     def prepare(cls, store: CellStore, config: Config, reporter: Reporter) -> Context:
         """Read what every stage needs: batches and protected levels.
+
+        Of several files without a batch key, each is a batch: the settings of the context say so.
 
         Raises
         ------
         DataError
             The batch key or a protected column is missing or cannot be used.
         """
+        config = _settle_batch_key(store, config, reporter)
         batches = read_batches(store, config.data.batch_key)
         if store.n_cells <= config.graph.k:
             raise DataError(
@@ -91,11 +102,16 @@ class Context:
         """Cells of the sketch, as the settings and the memory budget allow."""
         return sketch_size(self.store, self.config.sketch, int(SKETCH_SHARE * self.budget))
 
+    @cached_property
+    def measured(self) -> Measured | None:
+        """Which genes were measured in which cells; None: all in all."""
+        return partly_measured(self.store)
+
     def obs(self) -> pd.DataFrame:
         """Read the obs columns that are carried into the run, in forms that parquet and zarr can hold."""
         columns = self.config.data.obs_columns
         if columns is not None:
-            columns = tuple(dict.fromkeys([self.config.data.batch_key, *columns]))
+            columns = tuple(dict.fromkeys([*batch_columns(self.store, self.config.data.batch_key), *columns]))
         table = self.store.obs(columns).copy()
         for name in table.columns:
             if not _storable(table[name]):
@@ -124,9 +140,12 @@ class Context:
     ) -> StageRecord:
         """Do a stage, or skip it if it was done with the same inputs; return its record."""
         fingerprint = directory.fingerprint(name, version, inputs, after)
-        if directory.is_done(name, fingerprint):
-            self.reporter.say(f"{name}: done before, skipped")
-            return directory.record(name)
+        if directory.was_done(name, fingerprint):
+            damage = directory.damage(name)
+            if not damage:
+                self.reporter.say(f"{name}: done before, skipped")
+                return directory.record(name)
+            self.reporter.warn(f"{'; '.join(damage)}; {name} is done again")
         directory.begin(name)
         started = time.monotonic()
         artifacts, details = make(fingerprint)
@@ -164,12 +183,24 @@ class Context:
         }
 
 
+def _settle_batch_key(store: CellStore, config: Config, reporter: Reporter) -> Config:
+    """Say how several files are joined, and return the settings with the batch key that is used."""
+    if isinstance(store, JoinedStore):
+        for note in store.notes:
+            reporter.say(note)
+    key = default_batch_key(store, config.data)
+    if key == config.data.batch_key:
+        return config
+    reporter.say(f"no batch key was given and no file has {config.data.batch_key!r}: each file is a batch ({key!r})")
+    return config.model_copy(update={"data": config.data.model_copy(update={"batch_key": key})})
+
+
 def _protected_levels(store: CellStore, config: Config) -> np.ndarray | None:
     """Code the combinations of the protected columns, (n,) int32."""
     protect = config.data.protect
     if not protect:
         return None
-    if config.data.batch_key in protect:
+    if set(batch_columns(store, config.data.batch_key)) <= set(protect):
         raise DataError(f"protect: {config.data.batch_key!r} is the batch key; what is protected cannot be the batch.")
     columns = store.obs(protect)
     missing = np.flatnonzero(columns.isna().any(axis=1).to_numpy())

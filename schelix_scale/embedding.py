@@ -16,6 +16,7 @@ from schelix_scale.errors import TrainingError
 from schelix_scale.graph.operator import row_blocks
 from schelix_scale.model.streams import DualStream, Latent
 from schelix_scale.training.data import CachedFeatures
+from schelix_scale.training.expression import Expression
 from schelix_scale.training.refresh import ENCODE_CELLS, encode
 
 KEY = "X_schelix"
@@ -57,10 +58,12 @@ def write_embedding(
     uns: Mapping[str, Any],
     device: torch.device,
     advance: Callable[[int], None] = lambda _: None,
+    expression: Expression | None = None,
 ) -> None:
     """Write ``path``, readable by `anndata.read_zarr`: obs, uns and one (n, d) float32 array per obsm key.
 
-    Rows are written block by block at their row numbers, each zarr chunk by one block.
+    Rows are written block by block at their row numbers, each zarr chunk by one block. A model with learned loadings
+    reads the ``expression`` of all cells once more.
 
     Raises
     ------
@@ -82,7 +85,7 @@ def write_embedding(
         arrays[key].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
     model.eval()
     for start, stop in row_blocks(n, ENCODE_CELLS):
-        latent: Latent = encode(model, features, start, stop, device)
+        latent: Latent = encode(model, features, start, stop, device, expression)
         if not torch.isfinite(latent.fused).all():
             raise TrainingError(
                 f"the embedding of cells {start} to {stop} is not finite; train again with another seed."

@@ -1,8 +1,10 @@
-"""The embedding of a finished run -> a copy of the file that its cells came from."""
+"""The embedding of a finished run -> a copy of the file that its cells came from, or a light AnnData without X."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from schelix_scale.progress import QuietReporter, Reporter, Stage
 from schelix_scale.publish import publish, size_of
 from schelix_scale.run import Run
 from schelix_scale.stores import open_store
+from schelix_scale.stores.opening import is_soma
 
 KEY = "X_schelix"
 _PIECE = 1 << 24
@@ -22,18 +25,23 @@ _PIECE = 1 << 24
 def export_run(
     run: Run | str | Path, out: str | Path, overwrite: bool = False, reporter: Reporter | None = None
 ) -> Path:
-    """Write a copy of the run's source file with the embedding in it.
+    """Write the embedding into a copy of the run's source file, or with obs alone where there is none to copy.
 
     The copy has ``obsm["X_schelix"]``, and the streams ``obsm["X_schelix_*"]`` of a run with ``embed.streams``; such
     elements that the source has already are replaced in the copy. Everything else is as in the source, whose cells
     are matched by row and by name. The source is only read.
+
+    Of cells of a SOMA experiment, the Census, several files or memory, a light AnnData is written: the obs columns of
+    the run and the embedding, but no X; ``uns["schelix"]`` says where they come from. (Into a SOMA experiment:
+    `schelix_scale.export_soma.export_into_source`.)
 
     Parameters
     ----------
     run
         A finished run or its directory.
     out
-        The file to write, ``.h5ad`` for an ``.h5ad`` source and ``.zarr`` for a zarr directory; its folder is made.
+        The file to write, ``.h5ad`` for an ``.h5ad`` source and ``.zarr`` for a zarr directory, either for other
+        sources; its folder is made.
     overwrite
         Replace ``out`` if it is there.
     reporter
@@ -46,12 +54,14 @@ def export_run(
     Raises
     ------
     RunError
-        The run is not finished, its source is gone, has changed or was in memory, or ``out`` cannot be written:
-        it is there, is the source or the run, or has the suffix of another format.
+        The run is not finished, the file to copy is gone or has changed, or ``out`` cannot be written: it is there,
+        is the source or the run, or has the suffix of another format.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     target = Path(out).expanduser()
     source = _source_of(run)
+    if source is None:
+        return _export_light(run, target, overwrite)
     _check_target(target, source, run, overwrite)
     _check_unchanged(run, source)
     try:
@@ -64,20 +74,72 @@ def export_run(
     return target
 
 
-def _source_of(run: Run) -> Path:
-    """Return the path of the file or directory that the cells were read from."""
+def _source_of(run: Run) -> Path | None:
+    """Return the path of the file or directory that is copied; None if the cells were not read from one such."""
     path = Path(run.manifest["source"]["uri"])
-    if not path.is_absolute():
-        raise RunError(
-            f"the cells of {run.path} were not read from a file ({path}), so there is none to copy. "
-            f'Use Run.open("{run.path}").to_anndata(), or adata.obsm["{KEY}"] = run.embedding.'
-        )
+    if not path.is_absolute() or is_soma(str(path)):
+        return None
     if not path.exists():
         raise RunError(
             f"{path}, from which the run {run.path} read its cells, is gone. Put it back, or take the embedding "
             f"from {run.path / 'embedding.zarr'} (anndata.read_zarr)."
         )
     return path
+
+
+def _export_light(run: Run, target: Path, overwrite: bool) -> Path:
+    """Write obs, obsm and uns of the run's own embedding, one element in memory at a time."""
+    uri = run.manifest["source"]["uri"]
+    there, home = target.resolve(), run.path.resolve()
+    if str(there) == uri or there.is_relative_to(uri):
+        raise RunError(
+            f"{target} is (in) the SOMA experiment that the run read. To add the embedding to it, use --into-source; "
+            "or name another file, .h5ad or .zarr."
+        )
+    if any(there.is_relative_to(Path(file).resolve()) for file in run.manifest["source"].get("files", ())):
+        raise RunError(f"{target} is (in) one of the files that the run read; it is never changed. Name another file.")
+    if there.is_relative_to(home) or home.is_relative_to(there):
+        raise RunError(f"{target} is inside the run, or holds it; it is never changed. Name a file elsewhere.")
+    suffix = target.suffix.lower()
+    if suffix not in (".h5ad", ".zarr"):
+        raise RunError(
+            f"{target} has the suffix {target.suffix or 'none'!r}. The cells of {run.path} are those of {uri}, which "
+            f"is not copied; obs and embedding are written as {target.with_suffix('.h5ad').name} or .zarr."
+        )
+    if target.exists():
+        if not overwrite:
+            raise RunError(f"{target} exists. Name another file, or replace it with --overwrite (overwrite=True).")
+        if target.is_dir() != (suffix == ".zarr") or (target.is_dir() and not _is_zarr(target)):
+            what = "a directory" if target.is_dir() else "a file"
+            raise RunError(f"{target} is {what} and not cells in this format; it is kept. Name another file.")
+    try:
+        with publish(target) as partial:
+            _write_light(run, partial)
+    except PermissionError as error:
+        raise RunError(f"{target} cannot be written ({error}). Choose a file in a folder of yours.") from error
+    return target
+
+
+def _write_light(run: Run, path: Path) -> None:
+    import h5py
+    import zarr
+    from anndata.io import read_elem, write_elem
+
+    embedded = embedding_group(run)
+    uns = read_elem(embedded["uns"]) if "uns" in embedded else {}
+    uns["schelix"] = {**uns.get("schelix", {}), "source_facts": json.dumps(run.manifest["source"])}
+    if path.suffix == ".zarr":
+        shutil.copytree(run.path / "embedding.zarr", path)
+        root = zarr.open_group(str(path), mode="r+", use_consolidated=False)
+        write_elem(root, "uns", uns)
+        zarr.consolidate_metadata(str(path), zarr_format=root.metadata.zarr_format)
+        return
+    with h5py.File(path, "w") as root:
+        root.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        for name in ("obs", "var", "layers", "varm", "obsp", "varp"):
+            write_elem(root, name, read_elem(embedded[name]) if name in embedded else {})
+        write_elem(root, "uns", uns)
+        _write_obsm(root, run)
 
 
 def _check_target(target: Path, source: Path, run: Run, overwrite: bool) -> None:
@@ -114,7 +176,7 @@ def _check_unchanged(run: Run, source: Path) -> None:
         raise RunError(f"{source} has changed since the run {run.path} read it: {error} {remedy}") from error
     if store.fingerprint() != recorded["fingerprint"]:
         raise RunError(f"{source} has changed since the run {run.path} read it, or is another copy of it. {remedy}")
-    names, embedded = store.cell_names, _embedded_names(run)
+    names, embedded = store.cell_names, embedded_names(run)
     if len(names) != len(embedded):
         raise RunError(f"{source} has {len(names)} cells but the embedding {len(embedded)}. {remedy}")
     differ = (names != embedded).nonzero()[0]
@@ -126,14 +188,16 @@ def _check_unchanged(run: Run, source: Path) -> None:
         )
 
 
-def _embedded_names(run: Run) -> pd.Index:
+def embedded_names(run: Run) -> pd.Index:
+    """Return the names of the cells of the embedding, n."""
     from anndata.io import read_elem
 
-    obs = _embedding_group(run)["obs"]
+    obs = embedding_group(run)["obs"]
     return pd.Index(read_elem(obs[str(obs.attrs["_index"])])).astype(str)
 
 
-def _embedding_group(run: Run) -> Any:
+def embedding_group(run: Run) -> Any:
+    """Open embedding.zarr of a run for reading."""
     import zarr
 
     try:
@@ -167,7 +231,7 @@ def _write_obsm(root: Any, run: Run) -> None:
     """Write one array after the other, so that no more than one is in memory."""
     from anndata.io import read_elem, write_elem
 
-    embedded = _embedding_group(run)["obsm"]
+    embedded = embedding_group(run)["obsm"]
     if "obsm" not in root:
         write_elem(root, "obsm", {})
     for stale in [name for name in root["obsm"] if name == KEY or name.startswith(f"{KEY}_")]:

@@ -8,27 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy import sparse
 
+from schelix_scale.budget import BYTES_PER_CELL, GRAPH_BYTES_PER_NEIGHBOR, require_memory
 from schelix_scale.config import Config, memory_budget
-from schelix_scale.errors import DataError
+from schelix_scale.errors import ConfigError, DataError
 from schelix_scale.features.onepass import BYTES_PER_VALUE as PASS_BYTES_PER_VALUE
 from schelix_scale.features.onepass import PASS_SHARE, block_size
 from schelix_scale.genes.sketch import BYTES_PER_VALUE as SKETCH_BYTES_PER_VALUE
-from schelix_scale.genes.sketch import SKETCH_SHARE, allocate, sketch_size
+from schelix_scale.genes.sketch import SKETCH_SHARE, allocate, sketch_size, swept_cells
 from schelix_scale.provenance import available_cores
 from schelix_scale.publish import size_of
-from schelix_scale.stores import CellStore, open_store
-from schelix_scale.stores.batches import likely_batch_columns, read_batches
+from schelix_scale.stores import CellStore, Source, open_configured
+from schelix_scale.stores.batches import (
+    BETWEEN,
+    batch_columns,
+    default_batch_key,
+    likely_batch_columns,
+    read_batches,
+)
 from schelix_scale.stores.checks import check_block, check_names
+from schelix_scale.stores.joined import JoinedStore, addresses_of
 from schelix_scale.stores.known_labels import read_labels
 from schelix_scale.stores.values import ValueDecision, decide_values
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 T = TypeVar("T")
 
@@ -37,9 +42,7 @@ MANY_BATCHES = 1_000
 
 # The cost model. Memory in bytes: libraries, then the largest of what the sketch, the pass and the graph hold.
 BASE_BYTES = 700e6
-BYTES_PER_CELL = 300  # names, obs, batch codes
 SKETCH_BYTES_PER_CELL = 4_000  # components, Harmony's soft clusters
-GRAPH_BYTES_PER_NEIGHBOR = 48  # indices, distances and weights while the operator is made
 # Time in seconds, of one core unless said otherwise.
 BASE_SECONDS = 6.0  # imports, compilation, small steps
 SECONDS_PER_VALUE = 4e-8  # read, check, normalise and project a stored value; shared by the cores
@@ -63,7 +66,9 @@ class Inspection:
     n_cells, n_genes, nonzeros_per_cell
         Shape, and the mean number of stored values a cell.
     stored_bytes
-        Size of the file or directory; None for cells in memory.
+        Size of the files or directories; None for cells in memory or elsewhere.
+    files, notes
+        Of several files: where they are; how they are joined, and other things to know that stop nothing.
     batch_key, batch_sizes
         The obs column of the batches and the cells of each; None and empty if there is no such column.
     likely_batch_columns
@@ -83,6 +88,8 @@ class Inspection:
     n_genes: int
     nonzeros_per_cell: float
     stored_bytes: int | None
+    files: tuple[str, ...]
+    notes: tuple[str, ...]
     batch_key: str | None
     batch_sizes: dict[str, int]
     likely_batch_columns: tuple[str, ...]
@@ -97,9 +104,7 @@ class Inspection:
         return asdict(self)
 
 
-def inspect_source(
-    source: str | Path | AnnData | CellStore, batch_key: str | None = None, config: Config | None = None
-) -> Inspection:
+def inspect_source(source: Source, batch_key: str | None = None, config: Config | None = None) -> Inspection:
     """Look at a source of cells before it is integrated.
 
     Parameters
@@ -117,19 +122,20 @@ def inspect_source(
         The source cannot be opened at all, or not in the layer ``data.layer``.
     """
     config = config or Config()
-    store = open_store(source, config.data.layer)
+    store = open_configured(source, config.data)
     problems: list[str] = []
     key = _batch_key(store, batch_key, config, problems)
     sizes = {} if key is None else _batch_sizes(store, key)
     _try(lambda: check_names(store), problems)
     decision = _values(store, key, config, problems) if store.n_cells and len(store.gene_names) else None
+    _try(lambda: require_memory(store, config), problems)
     _try(lambda: store.obs(config.data.protect), problems)
     _try(lambda: read_labels(store, config.data), problems)
     if 0 < store.n_cells <= config.graph.k:
         remedy = f"Lower it: --set graph.k={max(store.n_cells // 2, 2)}."
         problems.append(f"{store.source} has {store.n_cells} cells, too few for graph.k = {config.graph.k}. {remedy}")
     memory, seconds = estimate_costs(store, config)
-    path = Path(store.source).expanduser()
+    paths = [Path(address).expanduser() for address in addresses_of(store)]
     return Inspection(
         source=store.source,
         layer=store.layer,
@@ -137,7 +143,9 @@ def inspect_source(
         n_cells=store.n_cells,
         n_genes=len(store.gene_names),
         nonzeros_per_cell=store.nonzeros_per_cell,
-        stored_bytes=size_of(path)[0] if path.exists() else None,
+        stored_bytes=sum(size_of(path)[0] for path in paths) if all(path.exists() for path in paths) else None,
+        files=store.addresses if isinstance(store, JoinedStore) else (),
+        notes=(*(store.notes if isinstance(store, JoinedStore) else ()), *store.notices()),
         batch_key=key,
         batch_sizes=sizes,
         likely_batch_columns=() if key else tuple(likely_batch_columns(store, batch_key or config.data.batch_key)),
@@ -167,7 +175,7 @@ def estimate_costs(store: CellStore, config: Config) -> tuple[int, float]:
     size = min(train.batch_size, max(n // 8, 48))
     epoch = -(-n // size)
     steps = sum(min(phase, train.max_epochs * epoch) for phase in (train.align_steps, train.refine_steps))
-    seconds = BASE_SECONDS + (sketch + n) * per_cell * SECONDS_PER_VALUE / cores
+    seconds = BASE_SECONDS + (swept_cells(store, config.sketch, sketch) + n) * per_cell * SECONDS_PER_VALUE / cores
     seconds += sketch * SECONDS_PER_SKETCH_CELL * config.genes.iterations
     seconds += search / cores + (0 if exact else COMPILATION_SECONDS)
     trained = train.enabled and config.strength > 0
@@ -178,8 +186,8 @@ def estimate_costs(store: CellStore, config: Config) -> tuple[int, float]:
 
 def _batch_key(store: CellStore, asked: str | None, config: Config, problems: list[str]) -> str | None:
     """Return the batch key that is there; its absence is a problem only if somebody asked for it."""
-    key = asked or config.data.batch_key
-    there = key in store.obs_columns
+    key = asked or default_batch_key(store, config.data)
+    there = set(batch_columns(store, key)) <= set(store.obs_columns)
     if there or asked or "batch_key" in config.data.model_fields_set:
         _try(lambda: read_batches(store, key), problems)
     return key if there else None
@@ -187,8 +195,10 @@ def _batch_key(store: CellStore, asked: str | None, config: Config, problems: li
 
 def _batch_sizes(store: CellStore, key: str) -> dict[str, int]:
     """Return the cells of each batch; nothing for a column that is no batch key."""
-    counts = store.obs([key])[key].astype(object).value_counts(dropna=False)
-    return {str(name): int(count) for name, count in counts.items()} if len(counts) <= MANY_BATCHES else {}
+    counts = store.obs(batch_columns(store, key)).astype(object).value_counts(dropna=False)
+    if len(counts) > MANY_BATCHES:
+        return {}
+    return {BETWEEN.join(map(str, values)): int(count) for values, count in counts.items()}
 
 
 def _values(store: CellStore, key: str | None, config: Config, problems: list[str]) -> ValueDecision | None:
@@ -216,9 +226,9 @@ def _usable(x_ng: sparse.csr_matrix) -> bool:
 
 
 def _try(check: Callable[[], T], problems: list[str]) -> T | None:
-    """Return what a check returns, None if it raised a DataError, whose message becomes a problem."""
+    """Return what a check returns, None if it raised an error, whose message becomes a problem."""
     try:
         return check()
-    except DataError as error:
+    except (DataError, ConfigError) as error:
         problems.append(str(error))
         return None

@@ -36,8 +36,11 @@ def print_run(run: Run, out: str) -> None:
     _line(console, "next", f"anndata.read_zarr({str(embedding)!r})  in Python")
     if source.is_absolute() and source.exists():  # else there is no file to copy
         copy = f"{source.stem}-integrated{'.zarr' if source.is_dir() else '.h5ad'}"
+        what = "a copy of your file with the embedding"
+        if (source / "__group").is_dir():  # a SOMA experiment is not copied
+            what = f"obs and the embedding; or add it to {source.name} with --into-source"
         command = f"schelix export {shlex.quote(str(folder))} {shlex.quote(copy)}"
-        _line(console, "", f"{command}  a copy of your file with the embedding")
+        _line(console, "", f"{command}  {what}")
 
 
 def print_inspection(found: Inspection) -> None:
@@ -45,9 +48,12 @@ def print_inspection(found: Inspection) -> None:
     from schelix_scale.provenance import available_cores
 
     console = _console()
-    stored = "in memory" if found.stored_bytes is None else f"{_bytes(found.stored_bytes)} on disk"
+    elsewhere = "not on this disk" if ":" in found.source else "in memory"
+    stored = elsewhere if found.stored_bytes is None else f"{_bytes(found.stored_bytes)} on disk"
     layers = ", ".join(found.layers)
     _line(console, "source", f"{found.source}, {stored}; layer {found.layer} of {layers}")
+    for note in found.notes:
+        _line(console, "files" if found.files else "note", note)
     _line(console, "cells", f"{found.n_cells:,}")
     _line(console, "genes", f"{found.n_genes:,}, of which {found.nonzeros_per_cell:,.0f} values a cell are stored")
     _line(console, "batches", _batches(found))

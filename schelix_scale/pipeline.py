@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from schelix_scale.compute import limited_threads, resolve_device, share_cores
+from schelix_scale.compute import keep_memory_low, limited_threads, release_memory, resolve_device, share_cores
 from schelix_scale.config import Config
 from schelix_scale.config_io import load_config
 from schelix_scale.context import Context
@@ -17,15 +17,13 @@ from schelix_scale.errors import ConfigError
 from schelix_scale.progress import Reporter, RichReporter
 from schelix_scale.run import Run, RunDirectory
 from schelix_scale.stages import STAGES
-from schelix_scale.stores import CellStore, open_store
+from schelix_scale.stages.graph import search_ahead
+from schelix_scale.stores import CellStore, Source, open_configured
 from schelix_scale.stores.checks import check_names
-
-if TYPE_CHECKING:
-    from anndata import AnnData
 
 
 def integrate(
-    source: str | Path | AnnData | CellStore,
+    source: Source,
     *,
     batch_key: str | None = None,
     out: str | Path,
@@ -41,9 +39,11 @@ def integrate(
     Parameters
     ----------
     source
-        An ``.h5ad`` file or ``.zarr`` directory in anndata layout, an AnnData in memory, or a store.
+        Whatever `open_store` opens: an ``.h5ad`` file or ``.zarr`` directory in anndata layout, a list of such paths
+        or a pattern (``"donors/*.h5ad"``), an AnnData in memory, or a store.
     batch_key
-        The obs column that names each cell's batch; ``data.batch_key`` of the settings by default.
+        The obs column that names each cell's batch, or several with commas between (``"dataset,assay"``);
+        ``data.batch_key`` of the settings by default, and of several files that have no such column, each file.
     out
         The run directory. A run of the same settings that is there is continued, or returned if it is finished.
     label_key
@@ -88,6 +88,7 @@ def integrate(
     (13963, 30)
     """
     share_cores()
+    keep_memory_low()
     given = {"strength": strength, "data.label_key": label_key}
     named = {key.replace("__", "."): value for key, value in settings.items()}
     if label_key is not None and named.get("data.label_key", label_key) != label_key:
@@ -96,13 +97,18 @@ def integrate(
     chosen = merge_settings(config, batch_key, settings)
     resolve_device(chosen.device)
     reporter = reporter or RichReporter()
-    store = open_store(source, chosen.data.layer)
+    store = open_configured(source, chosen.data)
     check_names(store)
+    for notice in store.notices():
+        reporter.warn(notice)
     context = Context.prepare(store, chosen, reporter)
     description = {"uri": _uri(store), "layer": chosen.data.layer, "fingerprint": context.source_fingerprint}
-    with RunDirectory.claim(out, chosen, description, overwrite) as directory, limited_threads(context.threads):
-        for stage in STAGES:
-            stage(context, directory)
+    description |= store.provenance()
+    with RunDirectory.claim(out, context.config, description, overwrite) as directory, limited_threads(context.threads):
+        with search_ahead(context, directory) as ready:
+            for stage in STAGES:
+                stage(ready, directory)
+                release_memory()
         if not (directory.path / "manifest.json").exists():
             directory.finish_run(context.summary(directory))
     return Run.open(out)

@@ -146,12 +146,20 @@ class RunDirectory:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def is_done(self, stage: str, fingerprint: str) -> bool:
-        """Return whether the stage is recorded with this fingerprint and its artifacts are there, in full size."""
+        """Return whether the stage is recorded with this fingerprint and its artifacts are as they were made."""
+        return self.was_done(stage, fingerprint) and not self.damage(stage)
+
+    def was_done(self, stage: str, fingerprint: str) -> bool:
+        """Return whether the stage is recorded with this fingerprint; its artifacts are not looked at."""
         try:
-            record = self.record(stage)
+            return self.record(stage).fingerprint == fingerprint
         except RunError:
             return False
-        return record.fingerprint == fingerprint and all(a.misfit(self.path) is None for a in record.artifacts)
+
+    def damage(self, stage: str) -> list[str]:
+        """Return how artifacts of a recorded stage differ from what was made; reads all of them."""
+        found = [(artifact.path, artifact.damage(self.path)) for artifact in self.record(stage).artifacts]
+        return [f"{self.path / path} {how}" for path, how in found if how is not None]
 
     def begin(self, stage: str) -> None:
         """Start a stage (again): the run is unfinished from here, and what an interruption has left is removed."""

@@ -236,3 +236,11 @@ def test_memory_is_no_difference_and_what_json_stores_is_equal() -> None:
 def test_settings_do_not_depend_on_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_config(os.fspath(toml(tmp_path, "seed = 9"))).seed == 9
+
+
+def test_settings_of_tiledb_have_dots_in_their_names(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text('[data.tiledb]\n"vfs.s3.region" = "us-west-2"\n"vfs.s3.use_x" = true\n')
+    config = load_config(tmp_path / "settings.toml", ["data.tiledb.sm.mem.total_budget=100"])
+    expected = {"vfs.s3.region": "us-west-2", "vfs.s3.use_x": "true", "sm.mem.total_budget": "100"}
+    assert config.data.tiledb == expected
+    assert load_config(None, {"data.tiledb": expected}).data.tiledb == expected

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -192,11 +193,28 @@ def test_cells_must_have_the_names_of_the_embedding(tmp_path: Path, h5ad: Path) 
         export_run(run, tmp_path / "out.h5ad")
 
 
-def test_cells_that_were_in_memory_have_no_file(tmp_path: Path, h5ad: Path) -> None:
-    run = finished_run(tmp_path / "run", h5ad)
+@pytest.mark.parametrize("suffix", ["h5ad", "zarr"])
+def test_cells_that_were_in_memory_are_exported_without_x(tmp_path: Path, h5ad: Path, suffix: str) -> None:
+    run = finished_run(tmp_path / "run", h5ad, X_schelix_anchor=Z + 1)
     run.manifest["source"]["uri"] = open_store(cells()).source
-    with pytest.raises(RunError, match=r"not read from a file \(AnnData in memory\).*to_anndata"):
-        export_run(run, tmp_path / "out.h5ad")
+    target = tmp_path / f"out.{suffix}"
+    out = export_run(run, target)
+    found = ad.read_h5ad(out) if suffix == "h5ad" else ad.read_zarr(out)
+    assert found.X is None
+    np.testing.assert_array_equal(found.obsm["X_schelix"], Z)
+    np.testing.assert_array_equal(found.obsm["X_schelix_anchor"], Z + 1)
+    pd.testing.assert_frame_equal(found.obs, ad.read_h5ad(h5ad).obs)
+    assert json.loads(found.uns["schelix"]["source_facts"])["uri"] == "AnnData in memory"
+    with pytest.raises(RunError, match=r"exists.*--overwrite"):
+        export_run(run, target)
+    export_run(run, target, overwrite=True)
+    with pytest.raises(RunError, match=r"suffix '\.csv'.*written as out\.h5ad or \.zarr"):
+        export_run(run, tmp_path / "out.csv")
+    with pytest.raises(RunError, match="is inside the run, or holds it"):
+        export_run(run, run.path / "out.h5ad")
+    (tmp_path / "mine.zarr").mkdir()
+    with pytest.raises(RunError, match="is a directory and not cells"):
+        export_run(run, tmp_path / "mine.zarr", overwrite=True)
 
 
 def test_a_lost_embedding_and_a_directory_that_is_no_run(tmp_path: Path, h5ad: Path) -> None:

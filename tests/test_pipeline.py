@@ -61,8 +61,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(source: object, out: Path, **settings: object) -> schelix_scale.Run:
-    reporter = QuietReporter()
-    return integrate(source, batch_key="batch", out=out, reporter=reporter, **{**SMALL, **settings})  # type: ignore[arg-type]
+    given = {"reporter": QuietReporter(), **SMALL, **settings}
+    return integrate(source, batch_key="batch", out=out, **given)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -166,15 +166,20 @@ def test_killed_after_a_stage_the_next_call_finishes_with_the_same_embedding(
 @pytest.mark.parametrize(
     "damaged", ["features/anchor.npy", "features/variant.npy", "genes.parquet", "embedding.zarr/zarr.json"]
 )
-def test_a_truncated_artifact_is_rebuilt(
-    finished: schelix_scale.Run, source: Path, tmp_path: Path, damaged: str
+@pytest.mark.parametrize("how", ["cut", "bit flipped"])
+def test_a_damaged_artifact_is_rebuilt_and_said(
+    finished: schelix_scale.Run, source: Path, tmp_path: Path, damaged: str, how: str
 ) -> None:
     out = tmp_path / "run"
     run(source, out)
-    path = out / damaged
-    path.write_bytes(path.read_bytes()[:-20])
+    path, reporter = out / damaged, QuietReporter()
+    content = path.read_bytes()
+    flipped = content[:-50] + bytes([content[-50] ^ 4]) + content[-49:]
+    path.write_bytes(content[:-20] if how == "cut" else flipped)
     assert any(damaged.split("/")[0] in problem for problem in schelix_scale.Run.open(out).verify())
-    assert run(source, out).verify() == []
+    assert run(source, out, reporter=reporter).verify() == []
+    (said,) = [message for message in reporter.messages if message.endswith("is done again")]
+    assert str(out / damaged.split("/zarr")[0]) in said
     np.testing.assert_array_equal(schelix_scale.Run.open(out).embedding, finished.embedding)
 
 
@@ -357,12 +362,13 @@ def test_less_memory_means_a_smaller_sketch_and_is_said(tmp_path: Path) -> None:
     assert not any(message.endswith("skipped") for message in reporter.messages), "the sketch is another"
 
 
-def test_a_damaged_final_checkpoint_is_not_replaced_by_an_older_one(source: Path, tmp_path: Path) -> None:
-    finished = run(source, tmp_path / "run")
+def test_a_damaged_final_checkpoint_is_made_again(source: Path, tmp_path: Path) -> None:
+    finished, reporter = run(source, tmp_path / "run"), QuietReporter()
+    expected = np.array(finished.embedding)
     state = sorted(finished.path.glob("checkpoints/step-*"))[-1] / "state.pt"
     state.write_bytes(bytes(state.stat().st_size))
     shutil.rmtree(finished.path / "embedding.zarr")
-    with pytest.raises(schelix_scale.SchelixError, match=r"is damaged .*Delete .*checkpoints"):
-        run(source, tmp_path / "run")
-    shutil.rmtree(finished.path / "checkpoints")
-    assert run(source, tmp_path / "run").verify() == []
+    again = run(source, tmp_path / "run", reporter=reporter)
+    assert any(message.endswith("train is done again") for message in reporter.messages)
+    np.testing.assert_array_equal(again.embedding, expected)
+    assert again.verify() == []

@@ -13,6 +13,7 @@ from schelix_scale.config import FeaturesConfig
 from schelix_scale.features.correction import MixtureCorrection, fit_correction, mixture_shift, ridge_shifts
 from schelix_scale.features.projection import Projection, fit_projection
 from schelix_scale.genes.partition import ANCHOR, VARIANT, Partition
+from schelix_scale.stores.base import Measured
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,13 @@ class Streams:
         """Dimensions (a, v) of the streams."""
         return self.anchor.loadings_hd.shape[1], 0 if self.variant is None else self.variant.loadings_hd.shape[1]
 
-    def encode(self, x_ng: sparse.csr_matrix, batch_n: np.ndarray) -> StreamFeatures:
-        """Turn (m, g) log-normalised values of all genes, and (m,) batch codes, into features."""
-        corrected = anchor = self.anchor.apply(x_ng)
-        variant = np.zeros((len(anchor), 0), np.float32) if self.variant is None else self.variant.apply(x_ng)
+    def encode(self, x_ng: sparse.csr_matrix, batch_n: np.ndarray, group_n: np.ndarray | None = None) -> StreamFeatures:
+        """Turn (m, g) log-normalised values of all genes, and (m,) batch codes, into features.
+
+        ``group_n`` (m,) are the groups of cells that say what was measured, if not all was in all.
+        """
+        corrected = anchor = self.anchor.apply(x_ng, group_n)
+        variant = np.zeros((len(anchor), 0), np.float32) if self.variant is None else self.variant.apply(x_ng, group_n)
         if self.correction is not None:
             corrected, weights_nk = self.correction.apply_with_weights(anchor, batch_n, self.strength)
             if self.variant_shift_kbd is not None:
@@ -77,7 +81,8 @@ class Streams:
         """Write all arrays to an .npz file."""
         arrays: dict[str, Any] = {"strength": self.strength}
         for prefix, part in (("anchor", self.anchor), ("correction", self.correction), ("variant", self.variant)):
-            arrays |= {} if part is None else {f"{prefix}_{name}": value for name, value in vars(part).items()}
+            named = {} if part is None else vars(part)
+            arrays |= {f"{prefix}_{name}": value for name, value in named.items() if value is not None}
         if self.variant_shift_kbd is not None:
             arrays["variant_shift_kbd"] = self.variant_shift_kbd
         np.savez(path, **arrays)
@@ -111,13 +116,17 @@ def fit_streams(
     seed: int,
     threads: int,
     strength: float = 1.0,
+    measured: Measured | None = None,
 ) -> Streams:
-    """Fit projections and correction on the (n, g) log-normalised sketch; see `project_anchors` for ``strength``."""
-    anchor, z_nd = project_anchors(x_ng, partition, config, strength)
+    """Fit projections and correction on the (n, g) log-normalised sketch; see `project_anchors` for ``strength``.
+
+    ``measured``: which genes were measured in the sketch's cells; None: all in all.
+    """
+    anchor, z_nd = project_anchors(x_ng, partition, config, strength, measured)
     variants = partition.positions(VARIANT)
     variant = v_nd = None
     if len(variants):
-        variant, v_nd = fit_projection(x_ng, variants, config.variant_dims, config.scale_power)
+        variant, v_nd = fit_projection(x_ng, variants, config.variant_dims, config.scale_power, measured=measured)
     if partition.single_stream or not config.correct or strength == 0:
         return Streams(anchor, None, variant, None, strength)
     correction = fit_correction(z_nd, batch_n, n_batches, seed, threads)
@@ -129,7 +138,11 @@ def fit_streams(
 
 
 def project_anchors(
-    x_ng: sparse.csr_matrix, partition: Partition, config: FeaturesConfig, strength: float
+    x_ng: sparse.csr_matrix,
+    partition: Partition,
+    config: FeaturesConfig,
+    strength: float,
+    measured: Measured | None = None,
 ) -> tuple[Projection, np.ndarray]:
     """Fit the projection of the Anchors on the sketch; return it with the sketch's (n, a) components.
 
@@ -138,7 +151,7 @@ def project_anchors(
     """
     anchors = partition.positions(ANCHOR)
     if strength == 1:
-        return fit_projection(x_ng, anchors, config.anchor_dims, config.scale_power)
+        return fit_projection(x_ng, anchors, config.anchor_dims, config.scale_power, measured=measured)
     genes = np.union1d(anchors, partition.positions(VARIANT))
     weights = np.where(np.isin(genes, anchors), 1.0, 1.0 - strength)
-    return fit_projection(x_ng, genes, config.anchor_dims, config.scale_power, weights)
+    return fit_projection(x_ng, genes, config.anchor_dims, config.scale_power, weights, measured)

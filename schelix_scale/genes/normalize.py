@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from scipy import sparse
 
+from schelix_scale.stores.base import Measured
+
 TARGET_SUM = 1e4
 CLIP = 10.0
 
@@ -15,7 +17,8 @@ def log_normalize(x_ng: sparse.csr_matrix, values: str) -> sparse.csr_matrix:
     Parameters
     ----------
     x_ng
-        (n, g) CSR, all genes of the cells: the size factor is the cell's sum over all of them.
+        (n, g) CSR, all genes of the cells: the size factor is the cell's sum over all of them, which is to say over
+        those that were measured in it. Of a cell in which fewer were, the others' values are so much the larger.
     values
         ``counts`` or ``linear`` (normalised to 1e4 a cell, log1p) or ``log`` (unchanged).
     """
@@ -27,9 +30,14 @@ def log_normalize(x_ng: sparse.csr_matrix, values: str) -> sparse.csr_matrix:
     return sparse.csr_matrix((data.astype(np.float32), x_ng.indices, x_ng.indptr), shape=x_ng.shape)
 
 
-def gene_moments(x_ng: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance (ddof 0) of each gene, (g,) float64 each, without a dense copy."""
-    n, g = x_ng.shape
+def gene_moments(x_ng: sparse.csr_matrix, measured: Measured | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance (ddof 0) of each gene, (g,) float64 each, without a dense copy.
+
+    With ``measured`` (of these cells and genes; no value is stored where a gene was not measured) each is over the
+    cells in which the gene was measured, and 0 where there are none.
+    """
+    g = x_ng.shape[1]
+    n = x_ng.shape[0] if measured is None else np.maximum(measured.cells_g(), 1)
     sums = np.bincount(x_ng.indices, weights=x_ng.data, minlength=g)
     squares = np.bincount(x_ng.indices, weights=x_ng.data.astype(np.float64) ** 2, minlength=g)
     mean = sums / n

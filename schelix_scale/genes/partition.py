@@ -15,6 +15,7 @@ from schelix_scale.errors import DataError
 from schelix_scale.genes.clusters import coarse_clusters
 from schelix_scale.genes.normalize import gene_moments
 from schelix_scale.genes.sensitivity import Sensitivity, batch_sensitivity
+from schelix_scale.stores.base import Measured
 
 ANCHOR, VARIANT, UNUSED = "anchor", "variant", "unused"
 STABLE_JACCARD = 0.95
@@ -31,7 +32,8 @@ class Partition:
     ----------
     genes
         One row a gene of the source: ``mean``, ``var``, ``beta``, ``gamma``, ``rho``, ``role``. The last four
-        are NaN and ``unused`` for genes that are not highly variable.
+        are NaN and ``unused`` for genes that are not highly variable. If some genes were not measured in all cells,
+        also ``measured``, the share of the sketch's cells in which each was; ``mean`` and ``var`` are those of these.
     signal
         Share of variance inside clusters that batches explain beyond chance; see `batch_signal`.
     comparable
@@ -68,6 +70,7 @@ def partition_genes(
     threads: int = 0,
     level_n: np.ndarray | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    measured: Measured | None = None,
 ) -> Partition:
     """Split the highly variable genes into Anchors (low batch sensitivity) and Variants.
 
@@ -87,6 +90,10 @@ def partition_genes(
         Maps gene positions to the sketch's (n, d) components of those genes.
     level_n
         (n,) codes of protected levels; see `batch_sensitivity`.
+    measured
+        Which of the g genes were measured in the sketch's cells; None: all in all. A gene that no two batches measured
+        in the same cluster has a rho of 1 and is a Variant, however many Anchors there are to be: a gene is shown to
+        be insensitive or it is not an Anchor.
 
     Raises
     ------
@@ -94,26 +101,31 @@ def partition_genes(
         The protected columns leave no two batches to compare.
     """
     values = x_ng[:, hvg]
+    known = None if measured is None else measured.of_genes(hvg)
     anchors = np.arange(len(hvg))
     rounds, signal = 0, 0.0
     for rounds in range(1, config.iterations + 1):
         cluster_n = coarse_clusters(embed(hvg[anchors]), batch_n, seed, threads)
-        found = batch_sensitivity(values, cluster_n, batch_n, level_n)
+        found = batch_sensitivity(values, cluster_n, batch_n, level_n, known)
         _check_comparable(cluster_n, batch_n, level_n)
         if rounds == 1:
-            signal = batch_signal(values, cluster_n, batch_n, level_n, found, config.permutations, seed)
+            signal = batch_signal(values, cluster_n, batch_n, level_n, found, config.permutations, seed, known)
             if signal <= config.min_signal or found.comparable == 0:
-                return _assemble(x_ng, gene_names, hvg, found, np.arange(len(hvg)), signal, True, rounds, 1.0)
+                return _assemble(x_ng, gene_names, hvg, found, np.arange(len(hvg)), signal, True, rounds, 1.0, measured)
         if config.partition == "all":
-            return _assemble(x_ng, gene_names, hvg, found, np.arange(len(hvg)), signal, False, rounds, 1.0)
+            return _assemble(x_ng, gene_names, hvg, found, np.arange(len(hvg)), signal, False, rounds, 1.0, measured)
         advance(1)
-        previous, anchors = anchors, choose_anchors(found.rho, found.gamma, config)
+        eligible = np.arange(len(hvg)) if found.comparable_g is None else np.flatnonzero(found.comparable_g)
+        if len(eligible) < 2:  # nothing can be compared in the new clusters: the Anchors of the last round stay
+            break
+        previous = anchors
+        anchors = eligible[choose_anchors(found.rho[eligible], found.gamma[eligible], config)]
         if len(np.intersect1d(previous, anchors)) >= STABLE_JACCARD * len(np.union1d(previous, anchors)):
             break
     if config.partition == "random":
         anchors = np.sort(np.random.default_rng([seed, 0xA9C402]).choice(len(hvg), len(anchors), replace=False))
     cut = float(found.rho[anchors].max())
-    return _assemble(x_ng, gene_names, hvg, found, anchors, signal, False, rounds, cut)
+    return _assemble(x_ng, gene_names, hvg, found, anchors, signal, False, rounds, cut, measured)
 
 
 def choose_anchors(rho: np.ndarray, gamma: np.ndarray, config: GenesConfig) -> np.ndarray:
@@ -149,12 +161,14 @@ def batch_signal(
     found: Sensitivity,
     permutations: int,
     seed: int,
+    measured: Measured | None = None,
 ) -> float:
     """Share of within-cluster variance due to batches, beyond what permuted batches explain.
 
     Batches are permuted inside clusters (and protected levels), so that neither composition nor biology
     differs between the data and its null. Chance is the null's mean + 5 standard deviations: on real data
-    without batches the share was within 3.5, with batches 17 and more above the mean.
+    without batches the share was within 3.5, with batches 17 and more above the mean. What was measured (``measured``
+    of these genes) stays with the cells; genes that are not comparable count in neither.
     """
     strata = cluster_n if level_n is None else cluster_n * (int(level_n.max()) + 1) + level_n
     null = []
@@ -163,14 +177,14 @@ def batch_signal(
         shuffled = batch_n.copy()
         order = np.lexsort((rng.random(len(strata)), strata))
         shuffled[order] = batch_n[np.argsort(strata, kind="stable")]
-        null.append(_batch_share(batch_sensitivity(values, cluster_n, shuffled, level_n)))
-    return _batch_share(found) - float(np.mean(null) + CHANCE_SDS * np.std(null))
+        null.append(_batch_share(batch_sensitivity(values, cluster_n, shuffled, level_n, measured), found))
+    return _batch_share(found, found) - float(np.mean(null) + CHANCE_SDS * np.std(null))
 
 
-def _batch_share(found: Sensitivity) -> float:
-    """Share of the standardised genes' within-cluster variance that batches explain."""
+def _batch_share(found: Sensitivity, actual: Sensitivity) -> float:
+    """Share of the standardised genes' within-cluster variance that batches explain, where ``actual`` can tell it."""
     total = found.beta + found.within
-    varying = total > 0
+    varying = total > 0 if actual.comparable_g is None else (total > 0) & actual.comparable_g
     return float(np.mean(found.beta[varying] / total[varying])) if varying.any() else 0.0
 
 
@@ -195,12 +209,15 @@ def _assemble(
     single_stream: bool,
     rounds: int,
     cut: float,
+    measured: Measured | None,
 ) -> Partition:
-    mean, variance = gene_moments(x_ng)
+    mean, variance = gene_moments(x_ng, measured)
     genes = pd.DataFrame({"mean": mean, "var": variance}, index=pd.Index(gene_names, name="gene"))
     for name, values in (("beta", found.beta), ("gamma", found.gamma), ("rho", found.rho)):
         genes[name] = np.nan
         genes.iloc[hvg, genes.columns.get_loc(name)] = values
+    if measured is not None:
+        genes["measured"] = measured.cells_g() / x_ng.shape[0]
     role = np.full(len(genes), UNUSED, dtype=object)
     role[hvg] = VARIANT
     role[hvg[anchors]] = ANCHOR

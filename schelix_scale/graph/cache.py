@@ -20,6 +20,7 @@ from schelix_scale.graph.audit import Audit, audit_recall, require_recall
 from schelix_scale.graph.diffusion import diffuse
 from schelix_scale.graph.knn import Neighbors, choose_method, find_neighbors
 from schelix_scale.graph.operator import Operator, build_operator
+from schelix_scale.graph.search import SearchProcess
 from schelix_scale.publish import publish, write_json
 
 STREAMS = ("anchor", "variant")
@@ -64,9 +65,14 @@ class OperatorCache:
         return all((self.root / path).is_dir() for path in self.artifacts(name))
 
     def find(
-        self, features_nd: np.ndarray, seed: int, threads: int, advance: Callable[[int], None] = lambda _: None
+        self,
+        features_nd: np.ndarray,
+        seed: int,
+        threads: int,
+        advance: Callable[[int], None] = lambda _: None,
+        search: SearchProcess | None = None,
     ) -> tuple[Neighbors, Audit]:
-        """Search and audit neighbours of (n, d) features.
+        """Search and audit neighbours of (n, d) features, in the process ``search`` if there is one.
 
         Raises
         ------
@@ -74,7 +80,11 @@ class OperatorCache:
             Too few cells, or a recall below ``graph.min_recall``.
         """
         method = choose_method(len(features_nd), self.config)
-        neighbors = find_neighbors(features_nd, self.config.k, method, seed, threads, advance)
+        if search is not None and isinstance(features_nd, np.memmap):
+            neighbors = search.find(features_nd, seed, self.root)
+            advance(len(features_nd))
+        else:
+            neighbors = find_neighbors(features_nd, self.config.k, method, seed, threads, advance)
         audit = audit_recall(features_nd, neighbors, self.config.audit_cells, seed)
         require_recall(audit, self.config.min_recall)
         return neighbors, audit

@@ -11,6 +11,7 @@ from schelix_scale.config import GraphConfig
 from schelix_scale.errors import GraphError
 
 QUERY_CELLS = 2_000
+COMPILE_CELLS = 3_000
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def find_neighbors(
             advance(len(rows))
         indices, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
         return Neighbors(indices, distances, method)
-    found = Neighbors(*_approximate_neighbors(unit, k, seed, threads), method)
+    found = Neighbors(*approximate_neighbors(unit, k, seed, threads), method)
     advance(n)
     return found
 
@@ -112,7 +113,8 @@ def _drop_self(distances: np.ndarray, indices: np.ndarray, own_rows: np.ndarray)
     return distances[keep].reshape(shape), indices[keep].reshape(shape)
 
 
-def _approximate_neighbors(unit_nd: np.ndarray, k: int, seed: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
+def approximate_neighbors(unit_nd: np.ndarray, k: int, seed: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
+    """Approximate neighbours among unit rows by pynndescent: (n, k) indices and cosine distances."""
     from pynndescent import NNDescent
 
     index = NNDescent(unit_nd, metric="euclidean", n_neighbors=k + 1, random_state=seed, n_jobs=threads)
@@ -124,3 +126,9 @@ def _approximate_neighbors(unit_nd: np.ndarray, k: int, seed: int, threads: int)
         rows = np.flatnonzero(~complete)
         indices[rows], distances[rows] = exact_neighbors(unit_nd[rows], unit_nd, k, own_rows=rows)
     return indices, distances
+
+
+def compile_search(dims: int, k: int, threads: int) -> None:
+    """Search among a few random rows, so that pynndescent compiles what a search needs."""
+    rows = np.random.default_rng(0).normal(size=(max(COMPILE_CELLS, 4 * k), dims))
+    approximate_neighbors(unit_rows(rows), k, 0, threads)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from schelix_scale.config import TrainConfig
+from schelix_scale.model.loadings import Loadings
 
 
 class Latent(NamedTuple):
@@ -71,6 +72,11 @@ class DualStream(nn.Module):
         RMS norm of the last hop of each stream under the first operator, by which its inputs are divided.
     config
         Widths and bounds.
+
+    Attributes
+    ----------
+    loadings
+        The first layers, where they are learned; what they add to hop 0 is part of the inputs. None: they are frozen.
     """
 
     def __init__(
@@ -85,6 +91,7 @@ class DualStream(nn.Module):
         super().__init__()
         self.residual = config.anchor_residual
         self.bound = config.gate
+        self.loadings: Loadings | None = None
         self.single_stream = variant_dims == 0
         self.anchor_scale: Tensor
         self.variant_scale: Tensor

@@ -36,7 +36,10 @@ def write_stream_features(context: Context, directory: RunDirectory) -> None:
             for name, path in targets.items():
                 create_array(path, (n, dims[name.partition("_")[0]]), "float32")
             budget = int(PASS_SHARE * context.budget)
-            write_features(job, context.batches.codes, targets, budget, context.threads, progress.advance)
+            codes, scheduler = context.batches.codes, config.scheduler
+            measured = context.measured
+            groups = None if measured is None else measured.group_n
+            write_features(job, codes, targets, budget, context.threads, progress.advance, scheduler, groups)
         return ["streams.npz", *names.values()], {"dims": streams.dims}
 
     inputs = {"features": config.features, "strength": config.strength, "seed": config.seed}
@@ -71,6 +74,7 @@ def _fit_streams(context: Context, directory: RunDirectory) -> Streams:
             config.seed,
             context.threads,
             config.strength,
+            sketch.measured,
         )
         progress.advance(1)
     return streams

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from schelix_scale.budget import require_memory
 from schelix_scale.context import BATCH, ROW, Context
 from schelix_scale.errors import DataError
 from schelix_scale.run import RunDirectory
+from schelix_scale.scheduling import connected
 
 if TYPE_CHECKING:
     from schelix_scale.genes.partition import Partition
@@ -31,7 +33,11 @@ def find_genes(context: Context, directory: RunDirectory) -> None:
     inputs |= {"scale_power": config.features.scale_power, "sketch_cells": context.sketch_cells}
 
     def make(_: str) -> tuple[list[str], dict[str, Any]]:
-        sketch = _draw(context)
+        require_memory(context.store, config)
+        if config.scheduler is not None:
+            with connected(config.scheduler):  # a cluster that is not there is better noticed now than after the sketch
+                pass
+        sketch = _draw(context, directory)
         partition = _partition(context, sketch)
         details = {
             "values": sketch.values.kind,
@@ -45,9 +51,10 @@ def find_genes(context: Context, directory: RunDirectory) -> None:
             "rounds": partition.rounds,
             "cut": partition.cut,
         }
+        details |= _unmeasured(context)
         _say_genes(context, partition.genes, details)
         with directory.publish("genes.parquet") as path:
-            partition.genes.to_parquet(path)
+            _described(context, partition.genes).to_parquet(path)
         with directory.publish("sketch.npz") as path:
             sketch.save(path, np.flatnonzero((partition.genes["role"] != UNUSED).to_numpy()))
         with directory.publish("cells.parquet") as path:
@@ -57,9 +64,9 @@ def find_genes(context: Context, directory: RunDirectory) -> None:
     context.run_stage(directory, "genes", 2, inputs, [], make)
 
 
-def _draw(context: Context) -> Sketch:
+def _draw(context: Context, directory: RunDirectory) -> Sketch:
     """Read the sketch and say what its values are."""
-    from schelix_scale.genes.sketch import draw_sketch
+    from schelix_scale.genes.sketch import draw_sketch, swept_cells
 
     config, store, batches, size = context.config, context.store, context.batches, context.sketch_cells
     if size < min(store.n_cells, config.sketch.max_cells):
@@ -67,7 +74,7 @@ def _draw(context: Context) -> Sketch:
             f"memory allows a sketch of {size:,} cells, not sketch.max_cells = {config.sketch.max_cells:,}; "
             f"sketch.max_cells={size} gives the same result on a machine with more memory"
         )
-    with context.reporter.stage("sketch", size) as progress:
+    with context.reporter.stage("sketch", swept_cells(store, config.sketch, size)) as progress:
         sketch = draw_sketch(
             store,
             batches.codes,
@@ -77,6 +84,8 @@ def _draw(context: Context) -> Sketch:
             config.data.values,
             config.seed,
             progress.advance,
+            directory.path,
+            context.threads,
         )
     context.reporter.say(f"values are {sketch.values.reason}")
     return sketch
@@ -90,11 +99,15 @@ def _partition(context: Context, sketch: Sketch) -> Partition:
 
     config, x_ng, batch_n = context.config, sketch.x_ng, sketch.batch_n
     with context.reporter.stage("genes", config.genes.iterations + 1, "steps") as progress:
-        hvg = variable_genes(x_ng, batch_n, config.genes.n_hvg, config.genes.min_batch_cells)
+        known = sketch.measured
+        hvg = variable_genes(x_ng, batch_n, config.genes.n_hvg, config.genes.min_batch_cells, known)
         if len(hvg) < MIN_GENES:
+            where, remedy = "in 3 cells or more", "Check that cells are rows and genes are columns."
+            if known is not None:
+                where += f" and measured in 2 of {len(known.names)} groups of cells or more"
+                remedy = "Check that the files or data sets name genes by the same kind of id."
             raise DataError(
-                f"{context.store.source}: only {len(hvg)} genes are found in 3 cells or more; {MIN_GENES} are needed. "
-                "Check that cells are rows and genes are columns."
+                f"{context.store.source}: only {len(hvg)} genes are found {where}; {MIN_GENES} are needed. {remedy}"
             )
         progress.advance(1)
         return partition_genes(
@@ -102,13 +115,36 @@ def _partition(context: Context, sketch: Sketch) -> Partition:
             context.store.gene_names,
             hvg,
             batch_n,
-            lambda genes: fit_projection(x_ng, genes, CLUSTER_DIMS, config.features.scale_power)[1],
+            lambda genes: fit_projection(x_ng, genes, CLUSTER_DIMS, config.features.scale_power, measured=known)[1],
             config.genes,
             config.seed,
             context.threads,
             None if context.level_n is None else context.level_n[sketch.rows],
             progress.advance,
+            known,
         )
+
+
+def _unmeasured(context: Context) -> dict[str, Any]:
+    """Count the genes that not all groups of cells measured, and say so; nothing if all were measured in all cells."""
+    measured = context.measured
+    if measured is None:
+        return {}
+    lacking_p = (~measured.measured_pg).sum(axis=1)
+    n_genes, n_groups = int((~measured.measured_pg).any(axis=0).sum()), int((lacking_p > 0).sum())
+    single = int((measured.measured_pg.sum(axis=0) < min(2, len(lacking_p))).sum())
+    worst = int(lacking_p.argmax())
+    context.reporter.say(
+        f"{n_genes:,} of {measured.measured_pg.shape[1]:,} genes are not measured in all cells: {n_groups:,} of "
+        f"{len(lacking_p):,} groups of cells lack some (most, {lacking_p[worst]:,}: {measured.names[worst]}). There "
+        f"they are unknown and not zero; {single:,} that no two groups measured are not used"
+    )
+    return {
+        "groups": len(lacking_p),
+        "groups_lacking_genes": n_groups,
+        "genes_not_measured_everywhere": n_genes,
+        "genes_of_no_two_groups": single,
+    }
 
 
 def _say_genes(context: Context, genes: pd.DataFrame, details: dict[str, Any]) -> None:
@@ -137,6 +173,12 @@ def _divided(context: Context, details: dict[str, Any]) -> str:
     """Say how the genes were divided."""
     how = {"random": "drawn at random", "all": "genes are not divided"}
     return how.get(context.config.genes.partition, f"cut at rho {details['cut']:.2f}")
+
+
+def _described(context: Context, genes: pd.DataFrame) -> pd.DataFrame:
+    """Add what else the source knows of its genes (``feature_name``), as text columns."""
+    known = context.store.gene_table()
+    return genes if known is None else genes.assign(**{name: known[name].astype(str).to_numpy() for name in known})
 
 
 def _cell_table(context: Context) -> pd.DataFrame:

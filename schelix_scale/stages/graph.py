@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from schelix_scale.context import Context
+from schelix_scale.records import recorded_stages
 from schelix_scale.run import RunDirectory
 from schelix_scale.stages.features import FEATURES, VARIANT
 
@@ -28,7 +32,7 @@ def build_graph(context: Context, directory: RunDirectory) -> None:
         name = operator_id({"stage": fingerprint, "threads": context.threads}, method)
         with context.reporter.stage(f"neighbours ({method})", context.store.n_cells) as progress:
             neighbors, audit = cache.find(
-                cache.features["anchor"], context.config.seed, context.threads, progress.advance
+                cache.features["anchor"], context.config.seed, context.threads, progress.advance, context.search
             )
         context.reporter.say(f"neighbour recall {audit.recall:.3f} (95 % CI {audit.low:.3f}-{audit.high:.3f})")
         with context.reporter.stage("diffusion", cache.work) as progress:
@@ -39,6 +43,20 @@ def build_graph(context: Context, directory: RunDirectory) -> None:
     if choose_method(context.store.n_cells, config) == "pynndescent":
         inputs["threads"] = context.threads  # another number of them finds other neighbours
     context.run_stage(directory, "graph", 1, inputs, ["features"], make)
+
+
+@contextmanager
+def search_ahead(context: Context, directory: RunDirectory) -> Iterator[Context]:
+    """Give a context in which the search among many cells compiles already, in a process of its own, if it is due."""
+    from schelix_scale.graph.search import SearchProcess, worth_a_process
+
+    due = "graph" not in recorded_stages(directory.path)
+    if not due or not worth_a_process(context.store.n_cells, context.config.graph):
+        yield context
+        return
+    graph, features = context.config.graph, context.config.features
+    with SearchProcess(graph.k, features.anchor_dims, context.threads) as search:
+        yield replace(context, search=search)
 
 
 def open_cache(context: Context, directory: RunDirectory) -> OperatorCache:

@@ -14,8 +14,11 @@ from schelix_scale.stages.graph import open_cache
 
 if TYPE_CHECKING:
     from schelix_scale.config import Config, TrainConfig
+    from schelix_scale.training.expression import Expression
+    from schelix_scale.training.loader import Shuffle
 
 SCALED = ("anchor_residual", "gate", "pull")
+STREAM_SHARE = 0.25  # of the memory budget, for expression on its way
 
 
 def train_model(context: Context, directory: RunDirectory) -> None:
@@ -32,6 +35,7 @@ def train_model(context: Context, directory: RunDirectory) -> None:
 
     config, settings = context.config, train_settings(context.config)
     device = torch.device(resolve_device(config.device))
+    shuffle = _shuffle(context, settings)
 
     def make(fingerprint: str) -> tuple[list[str], dict[str, Any]]:
         cache = open_cache(context, directory)
@@ -40,7 +44,14 @@ def train_model(context: Context, directory: RunDirectory) -> None:
         if settings.enabled:
             if settings.refresh and not features.variant_ntv.shape[2]:
                 context.reporter.warn("train.refresh does nothing: a run without Variants has one phase, no between")
-            refresh = Refresh(cache, settings, fingerprint, config.seed, context.threads, device, context.reporter)
+            expression = _open_expression(context, directory, settings)
+            if expression is not None and context.store.row_access == "scan":
+                context.reporter.warn(
+                    f"{context.store.source} is stored by genes: to read its cells again and again is slow. Write X "
+                    'as a CSR matrix, or use train.input = "cache"'
+                )
+            seed, threads = config.seed, context.threads
+            refresh = Refresh(cache, settings, fingerprint, seed, threads, device, context.reporter, expression)
             known = context.known_labels
             labels = None if known is None else Labels.arrange(known.codes, context.batches.codes)
             if known is not None:
@@ -56,6 +67,7 @@ def train_model(context: Context, directory: RunDirectory) -> None:
                 refresh,
                 lambda name: open_features(cache, name),
                 labels,
+                expression,
             )
             model, features = train(training, features, context.reporter)
             last = checkpoint_name(len(training.phases(model)), 0)
@@ -72,6 +84,8 @@ def train_model(context: Context, directory: RunDirectory) -> None:
         }
 
     inputs = {"train": settings, "seed": config.seed}
+    if shuffle is not None:
+        inputs["shuffle"] = list(shuffle)  # follows from the memory, and decides the order of steps
     if context.known_labels is not None:
         inputs["labels"] = context.known_labels.digest
     context.run_stage(directory, "train", 2, inputs, ["graph"], make)
@@ -93,7 +107,8 @@ def embed_cells(context: Context, directory: RunDirectory) -> None:
         device = torch.device(resolve_device(config.device))
         features = open_features(open_cache(context, directory), details["operator_id"])
         state = final_checkpoint(directory.path / "checkpoints" / details["checkpoint"], details["key"])
-        model = build_model(features, settings, config.seed).to(device)
+        expression = _open_expression(context, directory, settings) if settings.loadings == "learned" else None
+        model = build_model(features, settings, config.seed, expression).to(device)
         model.load_state_dict(state.model)
         if config.embed.fuse == "concatenate" and model.single_stream:
             context.reporter.warn('embed.fuse = "concatenate" does nothing: this run has no Variant stream')
@@ -110,10 +125,39 @@ def embed_cells(context: Context, directory: RunDirectory) -> None:
             context.reporter.stage("embed", context.store.n_cells) as progress,
             directory.publish("embedding.zarr") as path,
         ):
-            write_embedding(path, model, features, keys, obs, uns, device, progress.advance)
+            write_embedding(path, model, features, keys, obs, uns, device, progress.advance, expression)
         return ["embedding.zarr"], {"dims": embedding_dims(features, keys[KEY]), "keys": list(keys)}
 
     context.run_stage(directory, "embed", 1, {"embed": config.embed}, ["genes", "train"], make)
+
+
+def _shuffle(context: Context, settings: TrainConfig) -> Shuffle | None:
+    """Return how rows are mixed in a run whose training reads expression; None in any other run."""
+    from schelix_scale.training.loader import shuffle_for
+
+    if settings.input == "cache" or not settings.enabled:
+        return None
+    return shuffle_for(context.store, int(STREAM_SHARE * context.budget))
+
+
+def _open_expression(context: Context, directory: RunDirectory, settings: TrainConfig) -> Expression | None:
+    """Open where training reads expression, with the first layers that the sketch gave; None if it reads the cache."""
+    from schelix_scale.features.streams import Streams
+    from schelix_scale.training.expression import Expression
+
+    shuffle = _shuffle(context, settings)
+    if shuffle is None:
+        return None
+    measured = context.measured
+    return Expression(
+        context.store,
+        directory.record("genes").details["values"],
+        Streams.load(directory.path / "streams.npz"),
+        context.batches.codes,
+        None if measured is None else measured.group_n,
+        shuffle,
+        settings.loadings == "learned",
+    )
 
 
 def train_settings(config: Config) -> TrainConfig:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from schelix_scale.stores.anndata import AnnDataStore
-from schelix_scale.stores.base import Block, CellStore
+from schelix_scale.stores.base import Block, CellStore, Measured
 from schelix_scale.stores.memory import MemoryStore
-from schelix_scale.stores.opening import open_store
+from schelix_scale.stores.opening import Source, open_configured, open_store
 
-__all__ = ["AnnDataStore", "Block", "CellStore", "MemoryStore", "open_store"]
+__all__ = ["AnnDataStore", "Block", "CellStore", "Measured", "MemoryStore", "Source", "open_configured", "open_store"]

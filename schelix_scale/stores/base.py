@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,37 @@ class Block:
     start: int
     stop: int
     x_ng: sparse.csr_matrix
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Which genes were measured in which cells: a gene that was not is no zero, it is unknown.
+
+    Attributes
+    ----------
+    group_n
+        (n,) int32: the group (data set, file) of each cell.
+    names
+        The p names of the groups.
+    measured_pg
+        (p, g) bool: whether a group measured a gene.
+    """
+
+    group_n: np.ndarray
+    names: tuple[str, ...]
+    measured_pg: np.ndarray
+
+    def of_cells(self, rows: np.ndarray) -> Measured:
+        """Return the same of some cells, (m,) positions; the groups stay."""
+        return replace(self, group_n=self.group_n[rows])
+
+    def of_genes(self, genes: np.ndarray) -> Measured:
+        """Return the same of some genes, (h,) positions."""
+        return replace(self, measured_pg=self.measured_pg[:, genes])
+
+    def cells_g(self) -> np.ndarray:
+        """Count the cells in which each gene was measured, (g,) int64."""
+        return np.asarray(np.bincount(self.group_n, minlength=len(self.names)) @ self.measured_pg.astype(np.int64))
 
 
 class CellStore(ABC):
@@ -103,6 +134,22 @@ class CellStore(ABC):
         (m, h) CSR matrix, float32, canonical (sorted indices, no duplicates, no stored zeros).
         """
 
+    def measured(self) -> Measured | None:
+        """Return which genes were measured in which cells; None: all genes in all cells."""
+        return None
+
+    def gene_table(self) -> pd.DataFrame | None:
+        """Return what else is known of the genes (``feature_name``), g rows indexed by gene name; None: nothing."""
+        return None
+
+    def provenance(self) -> dict[str, Any]:
+        """Return what identifies the source beyond its address (a release, a hash of the cells), JSON-able."""
+        return {}
+
+    def notices(self) -> list[str]:
+        """Return what the user should be warned of before these cells are integrated."""
+        return []
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Return a short hash that changes when the content or the way of reading it (layer) changes."""
@@ -112,6 +159,12 @@ class CellStore(ABC):
         for start in range(0, self.n_cells, block_cells):
             stop = min(start + block_cells, self.n_cells)
             yield Block(start, stop, self.read(np.arange(start, stop)))
+
+
+def partly_measured(store: CellStore) -> Measured | None:
+    """Return which genes were measured in which cells, or None if all were in all, whether the store says so or not."""
+    measured = store.measured()
+    return None if measured is None or measured.measured_pg.all() else measured
 
 
 def check_columns(store: CellStore, columns: Sequence[str] | None) -> list[str]:

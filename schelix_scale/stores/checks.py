@@ -12,6 +12,7 @@ from scipy import sparse
 from schelix_scale.errors import DataError
 from schelix_scale.stores.base import CellStore
 from schelix_scale.stores.batches import Batches, likely_batch_columns, read_batches
+from schelix_scale.stores.joined import JoinedStore
 from schelix_scale.stores.values import LOG_LIMIT, ValueKind
 
 __all__ = ["Batches", "check_block", "check_names", "likely_batch_columns", "read_batches"]
@@ -111,17 +112,23 @@ def _where(where: np.ndarray, kind: str, x_ng: sparse.csr_matrix, rows: np.ndarr
     cell, gene = store.cell_names[int(rows[row])], store.gene_names[int(x_ng.indices[first])]
     return (
         f"{store.source}: layer {store.layer!r} has {where.size} {kind} values among the {x_ng.nnz} stored values of "
-        f"{x_ng.shape[0]} cells just read (first: cell {cell}, gene {gene}, value {x_ng.data[first]:g})."
+        f"{x_ng.shape[0]} cells just read (first: cell {cell}{_of_file(store, int(rows[row]))}, gene {gene}, value "
+        f"{x_ng.data[first]:g})."
     )
 
 
 def _empty_cells(empty: np.ndarray, rows: np.ndarray, store: CellStore) -> DataError:
     names = store.cell_names
-    first = ", ".join(str(names[int(rows[i])]) for i in empty[:3])
+    first = ", ".join(f"{names[int(rows[i])]}{_of_file(store, int(rows[i]))}" for i in empty[:3])
     return DataError(
         f"{store.source}: {empty.size} of the {len(rows)} cells just read have no counts at all in layer "
         f"{store.layer!r} (first: {first}). Drop them: sc.pp.filter_cells(adata, min_counts=1)."
     )
+
+
+def _of_file(store: CellStore, row: int) -> str:
+    """Return which of several files a cell is in, nothing if there are not several."""
+    return f" of {store.source_of(row)}" if isinstance(store, JoinedStore) else ""
 
 
 def _other_layers(store: CellStore) -> str:

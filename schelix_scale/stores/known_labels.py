@@ -11,6 +11,7 @@ import pandas as pd
 from schelix_scale.config import DataConfig
 from schelix_scale.errors import DataError
 from schelix_scale.stores.base import CellStore
+from schelix_scale.stores.batches import batch_columns
 
 UNKNOWN = -1
 MISSING = frozenset({"", "nan", "na", "n/a", "none", "<na>"})
@@ -52,7 +53,7 @@ def read_labels(store: CellStore, config: DataConfig) -> KnownLabels | None:
         raise DataError(
             f"{store.source} has no obs column {key!r} (label_key). Its columns: {', '.join(store.obs_columns)}."
         )
-    if key == config.batch_key:
+    if key in batch_columns(store, config.batch_key):
         raise DataError(f"label_key: {key!r} is the batch key; labels name cell types, not batches.")
     column = store.obs([key])[key]
     what = f"{store.source}: obs column {key!r} (label_key)"

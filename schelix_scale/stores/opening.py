@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from pydantic import ValidationError
+
+from schelix_scale.config import DataConfig
 from schelix_scale.errors import StoreError
 from schelix_scale.stores.anndata import AnnDataStore
 from schelix_scale.stores.base import CellStore
@@ -14,39 +18,106 @@ from schelix_scale.stores.memory import MemoryStore
 if TYPE_CHECKING:
     from anndata import AnnData
 
+SOMA_SCHEMES = ("tiledb://", "s3://", "gs://", "azure://", "file://")
 
-def open_store(source: str | Path | AnnData | CellStore, layer: str = "X") -> CellStore:
+Source: TypeAlias = "str | Path | AnnData | CellStore | Sequence[str | Path]"
+
+
+def open_store(source: Source, layer: str = "X", **options: Any) -> CellStore:
     """Open a source of cells.
 
     Parameters
     ----------
     source
-        An ``.h5ad`` file, an anndata ``.zarr`` directory, an AnnData (a backed one is re-opened from its file),
-        or a store, which is returned as it is.
+        An ``.h5ad`` file, an anndata ``.zarr`` directory, a TileDB-SOMA experiment (directory or address), several of
+        these (a list, or a pattern such as ``"donors/*.h5ad"``), a part of the CELLxGENE Census
+        (``"census:homo_sapiens"``), an AnnData (a backed one is re-opened from its file), or a store, which is
+        returned as it is.
     layer
         ``"X"``, ``"raw"`` or the name of a layer.
+    **options
+        Settings of the section ``data`` that say what is read: ``obs_filter``, ``measurement``, ``timestamp``,
+        ``tiledb``, ``census_version``, ``census_uri``, ``genes_join``.
 
     Raises
     ------
     StoreError
         The source cannot be read as cells; the message names it, says what is wrong and the remedy.
     """
+    try:
+        data = DataConfig(layer=layer, **options)
+    except ValidationError as error:
+        raise StoreError(f"{source} cannot be opened like that: {error}") from error
+    return open_configured(source, data)
+
+
+def open_configured(source: Source, data: DataConfig) -> CellStore:
+    """Open a source of cells as the settings of the section ``data`` say; see `open_store`."""
     if isinstance(source, CellStore):
-        if layer not in ("X", source.layer):
+        if data.layer not in ("X", source.layer):
             raise StoreError(
-                f"{source.source} is open with layer {source.layer!r}; {layer!r} was asked. Open it with that layer."
+                f"{source.source} is open with layer {source.layer!r}; {data.layer!r} was asked. "
+                "Open it with that layer."
             )
         return source
-    if isinstance(source, str) and "://" in source:
-        raise StoreError(f"{source} is a remote address; cells are read from local paths. Copy it to a local disk.")
     if isinstance(source, str | Path):
-        return AnnDataStore(source, layer)
+        return _open_address(source, data)
     anndata = sys.modules.get("anndata")
     if anndata is not None and isinstance(source, anndata.AnnData):
-        return _reopen(source, layer) if source.isbacked else MemoryStore(source, layer)
+        _check_unfiltered("An AnnData", data)
+        return _reopen(source, data.layer) if source.isbacked else MemoryStore(source, data.layer)
+    if isinstance(source, Sequence):
+        from schelix_scale.stores.joined import open_joined
+
+        return open_joined(list(source), data)
     raise StoreError(
-        f"Cells cannot be read from a {type(source).__qualname__}. Give a path, an AnnData or a CellStore."
+        f"Cells cannot be read from a {type(source).__qualname__}. Give a path, several paths, an AnnData or a "
+        "CellStore."
     )
+
+
+def _open_address(source: str | Path, data: DataConfig) -> CellStore:
+    """Open what a text or a path names."""
+    text = str(source)
+    if text.startswith("census:"):
+        from schelix_scale.stores.census import open_census
+
+        return open_census(text, data)
+    if is_pattern(text):
+        from schelix_scale.stores.joined import open_joined
+
+        return open_joined([text], data)
+    if "://" in text and text.rstrip("/").endswith((".h5ad", ".zarr")):
+        raise StoreError(
+            f"{text} is a remote address; h5ad and zarr are read from local paths. Copy it to a local disk."
+        )
+    if is_soma(text):
+        from schelix_scale.stores.soma import open_soma
+
+        return open_soma(text, data)
+    if "://" in text:
+        raise StoreError(f"{text} is a remote address of no kind that is read. Copy it to a local disk.")
+    _check_unfiltered(text, data)
+    return AnnDataStore(source, data.layer)
+
+
+def _check_unfiltered(what: str, data: DataConfig) -> None:
+    """Raise for a filter of cells that would not be applied."""
+    if data.obs_filter is not None:
+        raise StoreError(
+            f"{what} is no SOMA experiment; obs_filter ({data.obs_filter!r}) selects cells of those and of the Census "
+            "only. Leave it out, or write the wanted cells to a file: adata[...].write_h5ad."
+        )
+
+
+def is_pattern(text: str) -> bool:
+    """Whether a text is a pattern of paths and not a path that is there."""
+    return any(mark in text for mark in "*?[") and not Path(text).expanduser().exists()
+
+
+def is_soma(text: str) -> bool:
+    """Whether a text is the address of a TileDB group, or a directory that is one."""
+    return text.startswith(SOMA_SCHEMES) or (Path(text).expanduser() / "__group").is_dir()
 
 
 def _reopen(adata: AnnData, layer: str) -> CellStore:

@@ -14,15 +14,27 @@ from schelix_scale.graph.operator import blend, jaccard, row_blocks
 from schelix_scale.model.streams import DualStream, Latent
 from schelix_scale.progress import Reporter
 from schelix_scale.training.data import CachedFeatures
+from schelix_scale.training.expression import Expression
 
 JACCARD_CELLS = 2_000
 ENCODE_CELLS = 8_192
 
 
-def encode(model: DualStream, features: CachedFeatures, start: int, stop: int, device: torch.device) -> Latent:
-    """Encode cells start:stop without gradients; latents on the CPU."""
-    cells = features.cells(np.arange(start, stop), device)
+def encode(
+    model: DualStream,
+    features: CachedFeatures,
+    start: int,
+    stop: int,
+    device: torch.device,
+    expression: Expression | None = None,
+) -> Latent:
+    """Encode cells start:stop without gradients; latents on the CPU. Learned loadings need the cells' expression."""
+    assert (model.loadings is None) or expression is not None, "learned loadings, but no expression"
+    rows = np.arange(start, stop)
+    read = None if expression is None or model.loadings is None else expression.read(rows)
+    cells = features.cells(rows, device, read)
     with torch.no_grad():
+        cells = cells.through(model.loadings)
         latent = model(cells.anchor, cells.variant)
     return Latent(*(part.cpu() for part in latent))
 
@@ -45,6 +57,8 @@ class Refresh:
         Blend, Jaccard limit, on or off.
     fingerprint
         Of the training; part of the new version's id.
+    expression
+        Where learned loadings read; None where they are frozen.
     """
 
     cache: OperatorCache
@@ -54,6 +68,7 @@ class Refresh:
     threads: int
     device: torch.device
     reporter: Reporter
+    expression: Expression | None = None
 
     def __call__(self, features: CachedFeatures, model: DualStream) -> CachedFeatures:
         """Return the features to train on next: a new version, or ``features`` if the graph would hardly change."""
@@ -88,5 +103,5 @@ class Refresh:
         model.eval()
         latent = np.empty((features.n_cells, features.anchor_nta.shape[2]), np.float32)
         for start, stop in row_blocks(features.n_cells, ENCODE_CELLS):
-            latent[start:stop] = encode(model, features, start, stop, self.device).anchor.numpy()
+            latent[start:stop] = encode(model, features, start, stop, self.device, self.expression).anchor.numpy()
         return latent

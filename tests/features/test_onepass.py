@@ -12,7 +12,7 @@ from scipy import sparse
 
 from schelix_scale.config import FeaturesConfig, GenesConfig
 from schelix_scale.errors import DataError
-from schelix_scale.features.onepass import MAX_BLOCK, MIN_BLOCK, OnePass, block_size, write_features
+from schelix_scale.features.onepass import MAX_BLOCK, MIN_BLOCK, OnePass, block_size, write_features, write_rows
 from schelix_scale.features.projection import fit_projection
 from schelix_scale.features.streams import Streams, fit_streams
 from schelix_scale.genes.partition import partition_genes
@@ -63,6 +63,15 @@ def test_rows_are_read_once_and_do_not_depend_on_the_block(cells: Synthetic, str
     whole = streams.encode(cells.log_csr, cells.batch_n)
     for name, path in paths.items():
         np.testing.assert_allclose(np.load(path), getattr(whole, name), rtol=1e-3, atol=1e-4)
+
+
+def test_rows_are_written_where_they_belong_and_nowhere_else(tmp_path: Path) -> None:
+    create_array(tmp_path / "x.npy", (10, 3), "float32")[:] = 7
+    values = np.arange(12, dtype=np.float64).reshape(4, 3)
+    write_rows(tmp_path / "x.npy", 5, values, sync=True)
+    expected = np.full((10, 3), 7.0)
+    expected[5:9] = values
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), expected)
 
 
 def test_bad_values_stop_the_pass(cells: Synthetic, streams: Streams, tmp_path: Path) -> None:

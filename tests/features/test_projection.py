@@ -7,6 +7,7 @@ from sklearn.decomposition import PCA
 
 from schelix_scale.features.projection import fit_projection
 from tests.synthetic import make_cells
+from tests.unmeasured import measured_by, two_of_three, with_nan, without
 
 DIMS = 6
 
@@ -116,3 +117,56 @@ def test_the_input_is_not_changed(log_ng: np.ndarray) -> None:
     projection, _ = fit_projection(x_ng, np.arange(90), DIMS)
     projection.apply(x_ng)
     np.testing.assert_array_equal(x_ng.toarray(), log_ng)
+
+
+def imputed_components(known_nh: np.ndarray, power: float, weights: np.ndarray | float = 1.0) -> np.ndarray:
+    """Components of the dense matrix in which NaN is the gene's mean, by scikit-learn's full SVD."""
+    clipped = np.fmin(known_nh, np.nanmean(known_nh, axis=0) + 10 * np.nanstd(known_nh, axis=0))
+    clipped[np.isnan(known_nh)] = np.nan
+    spread = np.nanstd(clipped, axis=0)
+    mean = np.nanmean(clipped, axis=0)
+    scaled = (np.where(np.isnan(clipped), mean, clipped) - mean) / np.where(spread > 0, spread, 1) ** power * weights
+    return PCA(DIMS, svd_solver="full").fit_transform(scaled)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.75])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_what_was_not_measured_counts_as_the_mean(log_ng: np.ndarray, power: float, weighted: bool) -> None:
+    genes, rng = np.arange(0, 90, 2), np.random.default_rng(3)
+    measured = two_of_three(rng.integers(0, 3, len(log_ng)), 90)
+    weights = rng.uniform(0.05, 1, len(genes)) if weighted else None
+    x_ng = without(log_ng, measured)
+    projection, found = fit_projection(x_ng, genes, DIMS, power, weights, measured)
+    expected = imputed_components(with_nan(log_ng, measured)[:, genes], power, 1.0 if weights is None else weights)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(up_to_sign(found, expected), expected, atol=1e-4 * np.abs(expected).max())
+    blocks = [projection.apply(x_ng[i : i + 70], measured.group_n[i : i + 70]) for i in range(0, len(log_ng), 70)]
+    np.testing.assert_allclose(np.vstack(blocks), found, atol=2e-5 * np.abs(found).max())
+    as_zeros = dense_components(x_ng.toarray()[:, genes], power, 1.0 if weights is None else weights)
+    assert np.abs(up_to_sign(as_zeros, expected) - expected).max() > 0.2 * np.abs(expected).max()
+
+
+def test_a_group_that_measured_nothing_lies_at_the_centre(log_ng: np.ndarray) -> None:
+    group_n = np.arange(len(log_ng)) % 3
+    measured = measured_by(group_n, np.repeat([[True], [True], [False]], 90, axis=1))
+    _, found = fit_projection(without(log_ng, measured), np.arange(90), DIMS, measured=measured)
+    assert not found[group_n == 2].any()
+    np.testing.assert_allclose(found[group_n != 2].mean(axis=0), 0, atol=1e-4)
+
+
+def test_everything_measured_gives_the_same_components(log_ng: np.ndarray) -> None:
+    x_ng, genes = sparse.csr_matrix(log_ng), np.arange(0, 90, 2)
+    everywhere = measured_by(np.arange(len(log_ng)) % 2, np.ones((2, 90)))
+    _, found = fit_projection(x_ng, genes, DIMS, measured=everywhere)
+    _, expected = fit_projection(x_ng, genes, DIMS)
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), err_msg="signs are the same too")
+
+
+def test_groups_have_to_be_given_where_they_count(log_ng: np.ndarray) -> None:
+    x_ng, group_n = sparse.csr_matrix(log_ng), np.zeros(len(log_ng), np.int32)
+    plain, _ = fit_projection(x_ng, np.arange(90), DIMS)
+    masked, _ = fit_projection(x_ng, np.arange(90), DIMS, measured=measured_by(group_n, np.ones((1, 90))))
+    with pytest.raises(AssertionError, match="do not fit what was measured"):
+        plain.apply(x_ng, group_n)
+    with pytest.raises(AssertionError, match="do not fit what was measured"):
+        masked.apply(x_ng)

@@ -10,9 +10,11 @@ import pytest
 from sklearn.decomposition import PCA
 
 from schelix_scale.config import FeaturesConfig
+from schelix_scale.features.projection import fit_projection
 from schelix_scale.features.streams import Streams, fit_streams
 from schelix_scale.genes.partition import Partition
 from tests.synthetic import Synthetic, make_cells
+from tests.unmeasured import two_of_three, without
 
 CONFIG = FeaturesConfig(anchor_dims=7, variant_dims=5, scale_power=1.0)
 
@@ -156,3 +158,31 @@ def test_saved_and_loaded(
         assert fitted.dims == (7, 0)
         assert one.variant.shape == (len(cells.batch_n), 0)
         np.testing.assert_array_equal(one.anchor_corrected, one.anchor)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_saved_and_loaded_with_what_was_measured(cells: Synthetic, strength: float, tmp_path: Path) -> None:
+    """Both streams get the groups, also from a file, and any part of the cells by itself."""
+    measured = two_of_three(cells.batch_n, 90)
+    x_ng, group_n = without(cells.log_ng, measured), measured.group_n
+    fitted = fit_streams(x_ng, cells.batch_n, 3, split(cells, False), CONFIG, 0, 1, strength, measured)
+    fitted.save(tmp_path / "streams.npz")
+    loaded = Streams.load(tmp_path / "streams.npz")
+    whole = fitted.encode(x_ng, cells.batch_n, group_n)
+    rows = np.arange(1, len(group_n), 3)
+    part = loaded.encode(x_ng[rows], cells.batch_n[rows], group_n[rows])
+    for name in ("anchor", "anchor_corrected", "variant"):
+        np.testing.assert_allclose(getattr(part, name), getattr(whole, name)[rows], rtol=1e-4, atol=1e-4)
+    roles = split(cells, False).genes["role"]
+    anchor, variant = (
+        fit_projection(x_ng, np.flatnonzero(roles == role), dims, measured=measured)[1]
+        for role, dims in (("anchor", 7), ("variant", 5))
+    )
+    plain = fit_streams(
+        x_ng, cells.batch_n, 3, split(cells, False), CONFIG.model_copy(update={"correct": False}), 0, 1, 1.0, measured
+    )
+    np.testing.assert_allclose(plain.encode(x_ng, cells.batch_n, group_n).variant, variant, atol=1e-3)
+    if strength == 1:
+        np.testing.assert_allclose(whole.anchor, anchor, atol=1e-3)
+    else:
+        assert np.abs(whole.anchor - anchor).max() > 0.1, "Variants count too"

@@ -6,6 +6,7 @@ from scipy import sparse
 
 from schelix_scale.genes.normalize import gene_moments, log_normalize
 from tests.synthetic import dense_log_normalize
+from tests.unmeasured import two_of_three, with_nan, without
 
 
 def counts(seed: int = 0) -> np.ndarray:
@@ -54,3 +55,17 @@ def test_moments_of_constant_genes() -> None:
     np.testing.assert_allclose(mean, [0.1, 0.7, 5.3], rtol=1e-6)
     assert (variance >= 0).all()
     np.testing.assert_allclose(variance, 0, atol=1e-12)
+
+
+def test_moments_are_of_the_cells_that_measured_a_gene() -> None:
+    rng = np.random.default_rng(3)
+    x_ng, group_n = counts().astype(np.float64), rng.integers(0, 3, len(counts()))
+    measured = two_of_three(group_n, x_ng.shape[1])
+    measured.measured_pg[:, 0] = False
+    mean, variance = gene_moments(without(x_ng, measured), measured)
+    known = with_nan(x_ng, measured)[:, 1:]
+    np.testing.assert_allclose(mean[1:], np.nanmean(known, axis=0), rtol=1e-5)
+    np.testing.assert_allclose(variance[1:], np.nanvar(known, axis=0), rtol=1e-5, atol=1e-9)
+    assert (mean[0], variance[0]) == (0, 0), "no cell measured gene 0"
+    as_zeros, _ = gene_moments(without(x_ng, measured))
+    assert np.abs(mean - as_zeros).max() > 0.1 * mean.max()

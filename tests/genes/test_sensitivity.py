@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from schelix_scale.genes.sensitivity import batch_sensitivity
+from tests.unmeasured import measured_by, two_of_three, without
 
 
 def by_loops(
@@ -130,3 +131,53 @@ def test_rho_is_a_share(seed: int, n: int, n_clusters: int, n_batches: int, prot
     assert np.isfinite(found.rho).all()
     assert ((found.rho >= 0) & (found.rho <= 1)).all()
     assert (found.beta >= 0).all()
+
+
+@pytest.mark.parametrize("protect", [False, True])
+def test_a_gene_is_judged_on_the_cells_that_measured_it(protect: bool) -> None:
+    """Gene by gene, the result is that of a matrix of only these cells."""
+    x_ng, cluster_n, batch_n, level_n = layout(1)
+    group_n = np.searchsorted([0, 1, 4], batch_n)
+    group_n[::7] = 1  # batches lie in several groups
+    measured = two_of_three(group_n, x_ng.shape[1])
+    measured.measured_pg[:2, 0] = False
+    found = batch_sensitivity(without(x_ng, measured), cluster_n, batch_n, level_n if protect else None, measured)
+    for gene in range(1, x_ng.shape[1]):
+        rows = np.flatnonzero(measured.measured_pg[group_n, gene])
+        levels = level_n[rows] if protect else np.zeros(len(rows), int)
+        single = x_ng[rows][:, [gene]].astype(np.float32)
+        beta, gamma, within = by_loops(single, cluster_n[rows], batch_n[rows], levels)
+        assert found.beta[gene] == pytest.approx(beta[0], rel=1e-5, abs=1e-9)
+        assert found.gamma[gene] == pytest.approx(gamma[0], rel=1e-5, abs=1e-9)
+        assert found.within[gene] == pytest.approx(within[0], rel=1e-5)
+    assert (~measured.measured_pg).any(axis=0).sum() >= 3
+    as_zeros = batch_sensitivity(without(x_ng, measured), cluster_n, batch_n, level_n if protect else None)
+    lost = np.flatnonzero(~measured.measured_pg.all(axis=0))
+    assert (as_zeros.beta[lost] > found.beta[lost] + 0.01).any()
+
+
+def test_everything_measured_changes_nothing() -> None:
+    x_ng, cluster_n, batch_n, level_n = layout(2)
+    values, everywhere = sparse.csr_matrix(x_ng), measured_by(batch_n, np.ones((5, x_ng.shape[1])))
+    found = batch_sensitivity(values, cluster_n, batch_n, level_n, everywhere)
+    expected = batch_sensitivity(values, cluster_n, batch_n, level_n)
+    for name in ("beta", "gamma", "within", "rho"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert found.comparable == expected.comparable > 0
+
+
+def test_what_cannot_be_compared_is_not_insensitive() -> None:
+    """Gene 0 is measured in one batch; gene 1 in two that meet in no cluster; gene 2 everywhere."""
+    rng = np.random.default_rng(0)
+    cluster_n, batch_n = np.repeat([0, 0, 1, 1], 50), np.repeat([0, 1, 1, 2], 50)
+    measured = measured_by(batch_n, np.array([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]]))
+    x_ng = rng.random((200, 4))
+    found = batch_sensitivity(without(x_ng, measured), cluster_n, batch_n, None, measured)
+    np.testing.assert_array_equal(found.comparable_g, [False, False, True, True])
+    np.testing.assert_array_equal(found.rho[:2], 1)
+    assert (found.rho[2:] < 1).all()
+    assert found.comparable > 0
+    few = batch_sensitivity(
+        without(x_ng[:, :3], measured.of_genes(np.arange(3))), cluster_n, batch_n, None, measured.of_genes(np.arange(3))
+    )
+    assert few.comparable == 0, "one gene is not enough"

@@ -13,7 +13,7 @@ from scipy import sparse
 
 from schelix_scale.config import SketchConfig
 from schelix_scale.errors import DataError
-from schelix_scale.genes.sketch import Sketch, allocate, draw_sketch, sketch_size
+from schelix_scale.genes.sketch import Sketch, allocate, draw_sketch, sketch_size, swept_cells
 from schelix_scale.stores import MemoryStore
 
 from ..counting import CountingStore
@@ -80,6 +80,8 @@ def test_reading_is_bounded_and_repeatable() -> None:
     config = SketchConfig(max_cells=1_000)
     first = draw_sketch(store, batch_n, ["a", "b", "c"], config, config.max_cells, "auto", 3)
     assert store.reads.sum() <= 3.2 * config.max_cells
+    assert store.reads.max() == 1, "one sweep"
+    assert store.reads.sum() == swept_cells(store, config, config.max_cells) == 800 + 2 * 1_000
     assert store.largest <= 5_000
     again = draw_sketch(store, batch_n, ["a", "b", "c"], config, config.max_cells, "auto", 3)
     np.testing.assert_array_equal(first.rows, again.rows)
@@ -112,6 +114,25 @@ def test_bad_values_beside_the_first_draw_are_found_too() -> None:
     counts[np.setdiff1d(np.flatnonzero(counts[:, 5] < 0), first_only), 5] = 0
     with pytest.raises(DataError, match="negative"):
         draw_sketch(store_of(counts), batch_n, ["a", "b", "c"], config, 300, "auto", 0)
+
+
+def test_a_contradiction_in_the_pool_alone_is_found() -> None:
+    store, batch_n, _ = large_store(rare=0)
+    counts = store.store.read(np.arange(12_000)).toarray()
+    config = SketchConfig(max_cells=300)
+    draw_sketch(store, batch_n, ["a", "b", "c"], config, 300, "auto", 0)
+    never_first = store.reads > 0
+    drawn = draw_sketch(store, batch_n, ["a", "b", "c"], SketchConfig(max_cells=300, rare_fraction=0), 240, "auto", 0)
+    never_first[drawn.rows] = False
+    counts[never_first] += 0.5
+    with pytest.raises(DataError, match=r"not integral.*decided from a sample"):
+        draw_sketch(store_of(counts), batch_n, ["a", "b", "c"], config, 300, "auto", 0)
+
+
+def test_what_does_not_fit_beside_the_values_of_few_genes_is_counted() -> None:
+    sparse_cells = np.zeros((3_000, 4), np.float32)
+    sparse_cells[:, 0] = 1
+    assert sketch_size(store_of(sparse_cells), SketchConfig(), int(2_000 * 0.4 * (8 + 4_000))) == 2_000
 
 
 def test_saved_and_loaded_with_some_of_the_genes(tmp_path: Path) -> None:

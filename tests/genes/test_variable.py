@@ -6,6 +6,7 @@ from scipy import sparse
 
 from schelix_scale.genes.variable import variable_genes
 from tests.synthetic import dense_log_normalize
+from tests.unmeasured import measured_by, without
 
 SIZES = (300, 250, 40)
 VARIABLE, TINY_ONLY = np.arange(20), np.arange(20, 30)
@@ -67,3 +68,57 @@ def test_genes_of_two_cells_are_never_chosen(n_hvg: int) -> None:
     assert len(found) == min(n_hvg, 1495)
     if n_hvg >= 1495:
         assert set(range(55, 60)) <= set(found)
+
+
+@pytest.mark.parametrize("min_batch_cells", [1, 100])
+def test_all_measured_is_as_if_not_said(min_batch_cells: int) -> None:
+    """Votes of scanpy, batch by batch, give the genes that scanpy chooses between batches."""
+    log_ng, batch_n = sketch()
+    everywhere = measured_by(batch_n, np.ones((3, log_ng.shape[1])))
+    found = variable_genes(sparse.csr_matrix(log_ng.astype(np.float32)), batch_n, 40, min_batch_cells, everywhere)
+    np.testing.assert_array_equal(found, chosen(log_ng, batch_n, 40, min_batch_cells))
+
+
+def test_votes_are_counted_where_a_gene_was_measured() -> None:
+    """Genes 0-9 vary, but only batches 4 and 5 of six measured them; 10-19 vary in batches 0, 1 and 2."""
+    rng = np.random.default_rng(2)
+    batch_n = np.repeat(np.arange(6), 250)
+    mean_ng = np.broadcast_to(rng.uniform(2, 4, 1500), (1500, 1500)).copy()
+    factor_n = np.where(rng.integers(0, 2, 1500), 1.9, 0.1)[:, None]
+    mean_ng[:, :10] *= factor_n
+    mean_ng[batch_n < 3, 10:20] *= factor_n[batch_n < 3]
+    measured_pg = np.ones((6, 1500), bool)
+    measured_pg[:4, :10] = False
+    measured = measured_by(batch_n, measured_pg)
+    values = without(dense_log_normalize(rng.poisson(mean_ng)), measured)
+    found = variable_genes(values, batch_n, 12, 100, measured)
+    assert set(range(10)) <= set(found), "two votes of two"
+    as_zeros = chosen(values.toarray(), batch_n, 12, 100)
+    assert np.isin(as_zeros, np.arange(10, 20)).sum() >= 8, "three votes of six beat two of six"
+
+
+def test_batches_that_measured_few_genes_do_not_vote_for_all_of_them() -> None:
+    """Three batches of five measured 60 genes, of which 20 vary."""
+    log_ng, _ = sketch(seed=2)
+    batch_n = np.arange(len(log_ng)) % 5
+    measured_pg = np.ones((5, log_ng.shape[1]), bool)
+    measured_pg[2:, 60:] = False
+    measured = measured_by(batch_n, measured_pg)
+    found = variable_genes(without(log_ng, measured), batch_n, 60, 1, measured)
+    assert set(VARIABLE) <= set(found)
+    assert np.isin(found, np.arange(30, 60)).sum() <= 8, "30 genes that vary nowhere"
+
+
+def test_a_gene_of_one_group_is_never_chosen() -> None:
+    log_ng, batch_n = sketch(seed=2)
+    measured_pg = np.ones((3, log_ng.shape[1]), bool)
+    measured_pg[1:, :5] = False
+    measured = measured_by(batch_n, measured_pg)
+    values = without(log_ng, measured)
+    for n_hvg in (40, 5000):
+        found = variable_genes(values, batch_n, n_hvg, 100, measured)
+        assert not set(range(5)) & set(found)
+        assert set(range(5, 20)) <= set(found)
+    alone = np.flatnonzero(batch_n == 0)
+    found = variable_genes(values[alone], batch_n[alone], 40, 100, measured.of_cells(alone))
+    assert set(range(20)) <= set(found), "of a single group all genes can be compared"

@@ -17,8 +17,7 @@ from schelix_scale.training.loop import Training, build_model, train
 from schelix_scale.training.refresh import Refresh, open_features
 from tests.graph.test_diffusion import recursion
 from tests.graph.test_operator import dense
-from tests.training.test_loop import same_weights
-from tests.training.tools import CONFIG, Counting, Interrupted, N, stream_inputs
+from tests.training.tools import CONFIG, Counting, Interrupted, N, same_weights, stream_inputs
 
 GRAPH = GraphConfig(k=8, method="exact", theta=1.0, kernel_neighbor=7, restart=0.3, hops=(0, 1, 3), audit_cells=50)
 

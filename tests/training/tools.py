@@ -15,7 +15,7 @@ from schelix_scale.graph.operator import Operator
 from schelix_scale.model.streams import DualStream
 from schelix_scale.progress import Reporter, Stage
 from schelix_scale.training.data import CachedFeatures
-from schelix_scale.training.loop import Training
+from schelix_scale.training.loop import Training, train
 
 N = 240
 CONFIG = TrainConfig(
@@ -34,6 +34,7 @@ CONFIG = TrainConfig(
     evaluate_every=5,
     patience=100,
 )
+TOTAL_STEPS = CONFIG.align_steps + CONFIG.refine_steps
 
 
 class Interrupted(Exception):
@@ -132,3 +133,15 @@ def training_in(
 
 def logged(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(folder: Path, seed: int = 0, data_seed: int = 0, **changed: object) -> tuple[DualStream, Cache, Counting]:
+    cache, reporter = Cache(cached(data_seed)), Counting()
+    training = training_in(folder, cache, CONFIG.model_copy(update=changed), seed)
+    model, _ = train(training, cache.reopen("first"), reporter)
+    return model, cache, reporter
+
+
+def same_weights(one: DualStream, two: DualStream) -> bool:
+    a, b = one.state_dict(), two.state_dict()
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,0 +1,41 @@
+"""The first cells of an atlas, stored again as zarr, h5ad and SOMA, so that all loaders read the same cells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from _atlas import Block
+from _atlas_write import _write_h5ad, _write_soma, _write_zarr
+
+BLOCK = 8_192
+WRITERS = {"zarr": _write_zarr, "h5ad": _write_h5ad, "soma": _write_soma}
+
+
+def copies(atlas: Path, cells: int | None, folder: Path) -> dict[str, Path]:
+    """Write ``folder/NAME-N.zarr``, ``.h5ad`` and ``.soma`` of the first N cells (all by default); keep what is there.
+
+    Returns
+    -------
+    Paths by format.
+    """
+    from schelix_scale.stores import open_store
+
+    store = open_store(atlas)
+    n = store.n_cells if cells is None else min(cells, store.n_cells)
+
+    def blocks() -> Iterator[Block]:
+        for start in range(0, n, BLOCK):
+            yield Block(start, store.read(np.arange(start, min(start + BLOCK, n))))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {kind: folder / f"{atlas.stem}-{n}.{kind}" for kind in WRITERS}
+    for kind, path in found.items():
+        if not path.exists():
+            partial = path.with_name(f".partial-{path.name}")
+            obs = store.obs(["batch"]).iloc[:n]
+            WRITERS[kind](blocks(), obs, pd.DataFrame(index=store.gene_names), partial, {}, lambda _: None)
+            partial.rename(path)
+    return found

@@ -1,0 +1,43 @@
+"""Memory that was freed goes back to the system."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np
+from schelix_scale.compute import keep_memory_low, release_memory
+if sys.argv[1] == "low":
+    keep_memory_low()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+def work(seed):  # blocks of growing size, freed out of order, as sparse blocks of cells are
+    kept = []
+    for size in (3, 6, 9, 12, 15, 18, 21, 24, 27, 30):
+        blocks = [np.ones(size << 17) for _ in range(4)]
+        kept.append(np.ones(1 << 10))
+        del blocks
+    return kept
+before = resident()
+with ThreadPoolExecutor(4) as pool:
+    kept = list(pool.map(work, range(8)))
+if sys.argv[1] == "low":
+    release_memory()
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/statm is Linux")
+def test_freed_blocks_do_not_stay() -> None:
+    held = {
+        mode: int(subprocess.run([sys.executable, "-c", CODE, mode], capture_output=True, text=True, check=True).stdout)
+        for mode in ("low", "as it is")
+    }
+    assert held["low"] < 8 << 20
+    if held["as it is"] < 32 << 20:
+        pytest.skip("the C library here gives memory back by itself")
