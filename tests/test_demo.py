@@ -25,11 +25,11 @@ def test_the_demo_uses_its_config_file() -> None:
     assert load_config(CONFIGS / "demo.toml") == load_config(None, SETTINGS)
 
 
-def test_there_are_three_configs() -> None:
-    assert sorted(path.name for path in CONFIGS.iterdir()) == ["atlas.toml", "demo.toml", "small.toml"]
+def test_there_are_four_configs() -> None:
+    assert sorted(path.name for path in CONFIGS.iterdir()) == ["atlas.toml", "census.toml", "demo.toml", "small.toml"]
 
 
-@pytest.mark.parametrize("name", ["atlas", "demo", "small"])
+@pytest.mark.parametrize("name", ["atlas", "census", "demo", "small"])
 def test_configs_load_and_every_key_is_explained(name: str) -> None:
     path = CONFIGS / f"{name}.toml"
     assert load_config(path) != Config()
