@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from schelix_scale.config import Config
 from schelix_scale.errors import ConfigError
 
-MMAP_BYTES, ARENAS = 2 << 20, 2
+MMAP_BYTES, ARENAS = 4 << 20, 2
+TRAINING_MMAP_BYTES = 32 << 20  # above what a training step makes again and again: mapping it each time is slow
 
 
 def share_cores() -> None:
@@ -30,15 +31,21 @@ def keep_memory_low() -> None:
     By default it learns to keep ever larger blocks, in a pool for each thread: a run of 200,000 cells held 200 MB more.
     Environment variables of glibc (``MALLOC_*``) win. Nothing is done where there is another C library.
     """
-    for option, number, value in (("MMAP_THRESHOLD_", -3, MMAP_BYTES), ("ARENA_MAX", -8, ARENAS)):
-        if f"MALLOC_{option}" not in os.environ:
-            _glibc("mallopt", number, value)
+    _set_mmap_bytes(MMAP_BYTES)
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        _glibc("mallopt", -8, ARENAS)
 
 
 def release_memory() -> None:
     """Give memory that was freed back to the system, where glibc would keep it for later."""
     gc.collect()
     _glibc("malloc_trim", 0)
+
+
+def _set_mmap_bytes(size: int) -> None:
+    """Let blocks of this size and larger be mapped from the system one by one."""
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        _glibc("mallopt", -3, size)
 
 
 def _glibc(function: str, *arguments: int) -> None:
@@ -60,18 +67,33 @@ def thread_count(config: Config) -> int:
 def limited_threads(threads: int) -> Iterator[None]:
     """Hold the numeric libraries to ``threads`` threads, and put back what was set before."""
     import numba
-    import torch
     from threadpoolctl import threadpool_limits
 
-    before, numba_before = torch.get_num_threads(), numba.get_num_threads()
-    numba.set_num_threads(min(threads, numba_before))  # before the others: numba resets OpenMP when it starts
-    torch.set_num_threads(threads)
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(threads, before))  # before the others: numba resets OpenMP when it starts
     try:
         with threadpool_limits(threads):
             yield
     finally:
-        numba.set_num_threads(numba_before)
+        numba.set_num_threads(before)
+
+
+@contextmanager
+def torch_at_work(threads: int) -> Iterator[None]:
+    """Hold torch to ``threads`` threads, and let it use the memory of one step again in the next.
+
+    Torch takes 180 MB, so it is not loaded before it is needed.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    _set_mmap_bytes(TRAINING_MMAP_BYTES)
+    try:
+        yield
+    finally:
         torch.set_num_threads(before)
+        _set_mmap_bytes(MMAP_BYTES)
 
 
 def resolve_device(name: str) -> str:

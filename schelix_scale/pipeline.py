@@ -95,7 +95,8 @@ def integrate(
         raise ConfigError(f"label_key is {label_key!r} and data.label_key {named['data.label_key']!r}. Give one.")
     settings = named | {key: value for key, value in given.items() if value is not None}
     chosen = merge_settings(config, batch_key, settings)
-    resolve_device(chosen.device)
+    if chosen.device not in ("auto", "cpu"):  # loads torch, to complain now and not after hours
+        resolve_device(chosen.device)
     reporter = reporter or RichReporter()
     store = open_configured(source, chosen.data)
     check_names(store)

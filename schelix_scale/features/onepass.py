@@ -59,7 +59,8 @@ class OnePass:
         rows = np.arange(start, stop)
         x_ng = self.store.read(rows)
         check_block(x_ng, rows, self.store, self.values)
-        features = self.streams.encode(log_normalize(x_ng, self.values), batch_n, group_n)
+        x_ng = log_normalize(x_ng, self.values, self.streams.uses(x_ng.shape[1]))
+        features = self.streams.encode(x_ng, batch_n, group_n)
         for name, path in targets.items():
             write_rows(path, start, getattr(features, name), sync)
         return stop - start

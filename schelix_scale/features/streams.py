@@ -64,6 +64,14 @@ class Streams:
         """Dimensions (a, v) of the streams."""
         return self.anchor.loadings_hd.shape[1], 0 if self.variant is None else self.variant.loadings_hd.shape[1]
 
+    def uses(self, g: int) -> np.ndarray:
+        """Return which of ``g`` genes have a part in the features, (g,) bool."""
+        used = np.zeros(g, bool)
+        used[self.anchor.genes] = True
+        if self.variant is not None:
+            used[self.variant.genes] = True
+        return used
+
     def encode(self, x_ng: sparse.csr_matrix, batch_n: np.ndarray, group_n: np.ndarray | None = None) -> StreamFeatures:
         """Turn (m, g) log-normalised values of all genes, and (m,) batch codes, into features.
 

@@ -11,7 +11,7 @@ TARGET_SUM = 1e4
 CLIP = 10.0
 
 
-def log_normalize(x_ng: sparse.csr_matrix, values: str) -> sparse.csr_matrix:
+def log_normalize(x_ng: sparse.csr_matrix, values: str, kept_g: np.ndarray | None = None) -> sparse.csr_matrix:
     """Return log1p of size-factor normalised values; log values come back as they are.
 
     Parameters
@@ -21,13 +21,25 @@ def log_normalize(x_ng: sparse.csr_matrix, values: str) -> sparse.csr_matrix:
         those that were measured in it. Of a cell in which fewer were, the others' values are so much the larger.
     values
         ``counts`` or ``linear`` (normalised to 1e4 a cell, log1p) or ``log`` (unchanged).
+    kept_g
+        (g,) bool: the genes whose values are returned, those of the others are left out (the shape stays); all by
+        default. Logarithms of genes that nobody looks at are most of the work.
     """
     if values == "log":
-        return x_ng
+        return x_ng if kept_g is None else _only(x_ng, kept_g)
     totals = np.asarray(x_ng.sum(axis=1), dtype=np.float64).ravel()
     factors = np.divide(TARGET_SUM, totals, out=np.zeros_like(totals), where=totals > 0)
+    if kept_g is not None:
+        x_ng = _only(x_ng, kept_g)
     data = np.log1p(x_ng.data * np.repeat(factors, np.diff(x_ng.indptr)))
     return sparse.csr_matrix((data.astype(np.float32), x_ng.indices, x_ng.indptr), shape=x_ng.shape)
+
+
+def _only(x_ng: sparse.csr_matrix, kept_g: np.ndarray) -> sparse.csr_matrix:
+    """Return the stored values of some genes, in the same shape."""
+    places = np.flatnonzero(kept_g[x_ng.indices])
+    indptr = np.searchsorted(places, x_ng.indptr)
+    return sparse.csr_matrix((x_ng.data[places], x_ng.indices[places], indptr), shape=x_ng.shape)
 
 
 def gene_moments(x_ng: sparse.csr_matrix, measured: Measured | None = None) -> tuple[np.ndarray, np.ndarray]:

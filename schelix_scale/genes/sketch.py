@@ -222,11 +222,13 @@ def _evenly(
     space = TruncatedSVD(min(POOL_DIMS, len(genes) - 1), random_state=state).fit(x_nh)
     regions = MiniBatchKMeans(min(POOL_REGIONS, x_ng.shape[0] // 10 + 1), n_init=1, random_state=state)
     regions.fit(space.transform(x_nh))
+    kept_g = np.zeros(x_ng.shape[1], bool)
+    kept_g[genes] = True
     pool, codes = [], []
     for rows, block in spill.blocks(x_ng.shape[1]):
         check_block(block, rows, store, kind)
         pool.append(rows)
-        codes.append(regions.predict(space.transform(log_normalize(block, kind)[:, genes])))
+        codes.append(regions.predict(space.transform(log_normalize(block, kind, kept_g)[:, genes])))
     pool_n, code_n = np.concatenate(pool), np.concatenate(codes)
     quota = allocate(np.bincount(code_n, minlength=len(regions.cluster_centers_)), total, 0.0)
     chosen = [rng.choice(pool_n[code_n == code], count, replace=False) for code, count in enumerate(quota) if count]

@@ -12,6 +12,8 @@ from schelix_scale.errors import GraphError
 
 QUERY_CELLS = 2_000
 COMPILE_CELLS = 3_000
+# pynndescent's defaults (up to 12 trees, .001) find as much in a third more time; every build is audited.
+TREES, DELTA = 8, 0.01
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,11 @@ def approximate_neighbors(unit_nd: np.ndarray, k: int, seed: int, threads: int) 
     """Approximate neighbours among unit rows by pynndescent: (n, k) indices and cosine distances."""
     from pynndescent import NNDescent
 
-    index = NNDescent(unit_nd, metric="euclidean", n_neighbors=k + 1, random_state=seed, n_jobs=threads)
+    index = NNDescent(
+        unit_nd, metric="euclidean", n_neighbors=k + 1, random_state=seed, n_jobs=threads, n_trees=TREES, delta=DELTA
+    )
     indices, distances = index.neighbor_graph
+    del index
     complete = (indices >= 0).all(axis=1)
     distances, indices = _drop_self(distances, indices.astype(np.int64), np.arange(len(unit_nd)))
     distances = (distances**2 / 2).astype(np.float32)

@@ -54,13 +54,14 @@ class Operator:
 
     def path(self, rows: np.ndarray, steps: int, rng: np.random.Generator) -> np.ndarray:
         """Follow a random walk from each of ``rows`` (m,); return the cells on its way, (steps + 1, m)."""
+        indices, weights = np.asarray(self.indices_nk), np.asarray(self.weights_nk)
         position = np.asarray(rows)
         way = [position]
         for _ in range(steps):
-            cumulative = np.cumsum(self.weights_nk[position], axis=1, dtype=np.float64)
+            cumulative = np.cumsum(weights[position], axis=1, dtype=np.float64)
             draw = rng.random((len(position), 1)) * cumulative[:, -1:]
             column = np.minimum((cumulative <= draw).sum(axis=1), cumulative.shape[1] - 1)
-            position = np.asarray(self.indices_nk[position, column], dtype=np.int64)
+            position = indices[position, column].astype(np.int64)
             way.append(position)
         return np.stack(way)
 

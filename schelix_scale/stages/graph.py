@@ -42,7 +42,7 @@ def build_graph(context: Context, directory: RunDirectory) -> None:
     inputs = {"graph": config, "seed": context.config.seed}
     if choose_method(context.store.n_cells, config) == "pynndescent":
         inputs["threads"] = context.threads  # another number of them finds other neighbours
-    context.run_stage(directory, "graph", 1, inputs, ["features"], make)
+    context.run_stage(directory, "graph", 2, inputs, ["features"], make)
 
 
 @contextmanager

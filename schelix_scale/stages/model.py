@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from schelix_scale._version import __version__
-from schelix_scale.compute import resolve_device
+from schelix_scale.compute import resolve_device, torch_at_work
 from schelix_scale.context import BATCH, ROW, Context
 from schelix_scale.run import RunDirectory
 from schelix_scale.stages.graph import open_cache
@@ -88,7 +88,8 @@ def train_model(context: Context, directory: RunDirectory) -> None:
         inputs["shuffle"] = list(shuffle)  # follows from the memory, and decides the order of steps
     if context.known_labels is not None:
         inputs["labels"] = context.known_labels.digest
-    context.run_stage(directory, "train", 2, inputs, ["graph"], make)
+    with torch_at_work(context.threads):
+        context.run_stage(directory, "train", 2, inputs, ["graph"], make)
 
 
 def embed_cells(context: Context, directory: RunDirectory) -> None:
@@ -128,7 +129,8 @@ def embed_cells(context: Context, directory: RunDirectory) -> None:
             write_embedding(path, model, features, keys, obs, uns, device, progress.advance, expression)
         return ["embedding.zarr"], {"dims": embedding_dims(features, keys[KEY]), "keys": list(keys)}
 
-    context.run_stage(directory, "embed", 1, {"embed": config.embed}, ["genes", "train"], make)
+    with torch_at_work(context.threads):
+        context.run_stage(directory, "embed", 1, {"embed": config.embed}, ["genes", "train"], make)
 
 
 def _shuffle(context: Context, settings: TrainConfig) -> Shuffle | None:

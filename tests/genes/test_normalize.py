@@ -25,6 +25,16 @@ def test_log_normalize_equals_dense(values: str, factor: float) -> None:
     assert found.dtype == np.float32
 
 
+@pytest.mark.parametrize("values", ["counts", "log"])
+def test_values_of_some_genes_are_those_of_all(values: str) -> None:
+    x_ng = sparse.csr_matrix(counts())
+    kept_g = np.arange(30) % 3 == 1
+    found = log_normalize(x_ng, values, kept_g)
+    np.testing.assert_array_equal(found.toarray(), log_normalize(x_ng, values).toarray() * kept_g)
+    assert found.nnz == x_ng[:, np.flatnonzero(kept_g)].nnz
+    assert log_normalize(x_ng, values, np.zeros(30, bool)).nnz == 0
+
+
 def test_cells_without_counts_stay_zero() -> None:
     found = log_normalize(sparse.csr_matrix(counts()), "counts").toarray()
     assert np.isfinite(found).all()
