@@ -15,7 +15,6 @@ from _atlas import Atlas, Block
 from scipy import sparse
 
 CHUNK_VALUES = 1 << 18
-FORMATS = (".zarr", ".h5ad", ".soma")
 
 Advance = Callable[[int], None]
 
@@ -36,12 +35,11 @@ def write_atlas(atlas: Atlas, path: Path, uns: dict[str, Any], advance: Advance 
     if partial.is_dir():
         shutil.rmtree(partial)
     partial.unlink(missing_ok=True)
-    write = {".zarr": _write_zarr, ".h5ad": _write_h5ad, ".soma": _write_soma}[path.suffix]
-    write(atlas.blocks(), atlas.obs, atlas.var, partial, uns, advance)
+    WRITERS[path.suffix](atlas.blocks(), atlas.obs, atlas.var, partial, uns, advance)
     partial.rename(path)
 
 
-def _write_zarr(
+def write_zarr(
     blocks: Iterator[Block], obs: pd.DataFrame, var: pd.DataFrame, path: Path, uns: dict[str, Any], advance: Advance
 ) -> None:
     import zarr
@@ -64,7 +62,7 @@ def _write_zarr(
         zarr.consolidate_metadata(path)
 
 
-def _write_h5ad(
+def write_h5ad(
     blocks: Iterator[Block], obs: pd.DataFrame, var: pd.DataFrame, path: Path, uns: dict[str, Any], advance: Advance
 ) -> None:
     import h5py
@@ -110,7 +108,7 @@ def _csr_attributes(n: int, g: int) -> dict[str, Any]:
     return {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [n, g]}
 
 
-def _write_soma(
+def write_soma(
     blocks: Iterator[Block], obs: pd.DataFrame, var: pd.DataFrame, path: Path, uns: dict[str, Any], advance: Advance
 ) -> None:
     """Write an experiment as ``tiledbsoma.io.from_anndata`` lays it out: obs, and ms["RNA"] with var and X["data"]."""
@@ -137,3 +135,7 @@ def _write_soma(
     for name, value in uns.items():
         with soma.Experiment.open(str(path), "w") as experiment:
             experiment.metadata[name] = str(value)
+
+
+WRITERS = {".zarr": write_zarr, ".h5ad": write_h5ad, ".soma": write_soma}
+FORMATS = tuple(WRITERS)

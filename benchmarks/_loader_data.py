@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from _atlas import Block
-from _atlas_write import _write_h5ad, _write_soma, _write_zarr
+from _atlas_write import WRITERS
 
 BLOCK = 8_192
-WRITERS = {"zarr": _write_zarr, "h5ad": _write_h5ad, "soma": _write_soma}
 
 
 def copies(atlas: Path, cells: int | None, folder: Path) -> dict[str, Path]:
@@ -31,11 +30,11 @@ def copies(atlas: Path, cells: int | None, folder: Path) -> dict[str, Path]:
             yield Block(start, store.read(np.arange(start, min(start + BLOCK, n))))
 
     folder.mkdir(parents=True, exist_ok=True)
-    found = {kind: folder / f"{atlas.stem}-{n}.{kind}" for kind in WRITERS}
-    for kind, path in found.items():
+    found = {suffix.removeprefix("."): folder / f"{atlas.stem}-{n}{suffix}" for suffix in WRITERS}
+    for path in found.values():
         if not path.exists():
             partial = path.with_name(f".partial-{path.name}")
             obs = store.obs(["batch"]).iloc[:n]
-            WRITERS[kind](blocks(), obs, pd.DataFrame(index=store.gene_names), partial, {}, lambda _: None)
+            WRITERS[path.suffix](blocks(), obs, pd.DataFrame(index=store.gene_names), partial, {}, lambda _: None)
             partial.rename(path)
     return found
