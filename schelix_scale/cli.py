@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
 import typer
 
 from schelix_scale._version import __version__
+from schelix_scale.cli_options import (
+    BatchKey,
+    CensusUri,
+    CensusVersion,
+    ConfigFile,
+    GenesJoin,
+    LabelKey,
+    Layer,
+    ObsFilter,
+    Quiet,
+    RunPath,
+    Setting,
+    Sources,
+)
 from schelix_scale.errors import SchelixError
 from schelix_scale.progress import QuietReporter, Reporter, RichReporter
 
@@ -24,60 +37,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Sources = Annotated[
-    list[str],
-    typer.Argument(
-        help="An .h5ad file or a .zarr directory in anndata layout, or a TileDB-SOMA experiment (directory or "
-        "address); several, or a quoted pattern, are joined by gene names. Or a part of the CELLxGENE Census: "
-        "census:homo_sapiens.",
-        metavar="SOURCE",
-    ),
-]
-RunPath = Annotated[str, typer.Argument(help="The directory that [bold]integrate -o[/] named.", metavar="RUN")]
-BatchKey = Annotated[
-    str | None,
-    typer.Option(
-        "--batch-key",
-        "-b",
-        help="obs column that names each cell's batch, or several: dataset,assay. 'batch' by default; of several files "
-        "without it, each is a batch.",
-        metavar="COLUMN",
-    ),
-]
-LabelKey = Annotated[
-    str | None,
-    typer.Option(
-        help="obs column of cell types, if some are known (others: unknown, or empty). Cells are pulled towards "
-        "those of their type.",
-        metavar="COLUMN",
-    ),
-]
-Layer = Annotated[
-    str | None,
-    typer.Option(help="Where the values are: X (the default), raw, or the name of a layer.", metavar="NAME"),
-]
-GenesJoin = Annotated[
-    str | None,
-    typer.Option(help="Of several files: intersection (the genes that all have, the default) or union.", metavar="HOW"),
-]
-ObsFilter = Annotated[
-    str | None,
-    typer.Option(
-        help="SOMA and Census: which cells, such as \"tissue_general == 'lung' and is_primary_data == True\".",
-        metavar="FILTER",
-    ),
-]
-CensusVersion = Annotated[
-    str | None, typer.Option(help="A release date, stable (the default) or latest.", metavar="DATE")
-]
-CensusUri = Annotated[str | None, typer.Option(help="A local or mirrored census.", metavar="DIR")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of settings.", metavar="FILE")]
-Setting = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="A single setting; wins over the file. May be repeated.", metavar="KEY=VALUE"),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")]
 
 
 def main() -> None:

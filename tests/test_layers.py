@@ -39,6 +39,7 @@ LAYERS = [
     {"pipeline"},
     {"demo"},
     {"output"},
+    {"cli_options"},
     {"cli"},
     {"__main__"},
 ]
