@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 from scipy import sparse
 
+from schelix_scale.errors import DataError
 from schelix_scale.stores.base import Measured
 
 MIN_CELLS_EXPRESSING = 3
+FEWEST_VOTERS = 2
 
 
 def variable_genes(
@@ -42,10 +44,14 @@ def variable_genes(
         batch_n = np.unique(pairs, axis=0, return_inverse=True)[1].ravel()
     if len(expressed) <= n_hvg:
         return expressed
-    codes, sizes = np.unique(batch_n, return_counts=True)
-    voting = codes[sizes >= min_batch_cells]
+    voting = _voters(x_ng[:, expressed], batch_n, min_batch_cells)
+    if not len(voting):  # no batch has two different cells: those that may be taken together vote together
+        batch_n = np.zeros_like(batch_n) if measured is None else measured.group_n
+        voting = _voters(x_ng[:, expressed], batch_n, FEWEST_VOTERS)
     if not len(voting):
-        voting = codes
+        raise DataError(
+            "no two sampled cells that measured the same genes differ, so no gene varies. Raise sketch.max_cells."
+        )
     rows = np.flatnonzero(np.isin(batch_n, voting))
     expressed = np.intersect1d(expressed, _expressed(x_ng[rows]))
     if len(expressed) <= n_hvg:
@@ -61,6 +67,26 @@ def variable_genes(
     key = "batch" if len(voting) > 1 else None
     table = scanpy.pp.highly_variable_genes(sketch, n_top_genes=n_hvg, batch_key=key, flavor="seurat", inplace=False)
     return np.asarray(expressed[table["highly_variable"].to_numpy()])
+
+
+def _voters(x_nh: sparse.csr_matrix, batch_n: np.ndarray, min_cells: int) -> np.ndarray:
+    """Return the batches that may vote: of ``min_cells``, or all if none is that large, and with cells that differ.
+
+    The variance of a single cell is rounding noise, and its vote would be too.
+    """
+    codes, sizes = np.unique(batch_n, return_counts=True)
+    differ = np.array(
+        [size >= FEWEST_VOTERS and _differ(x_nh[batch_n == code]) for code, size in zip(codes, sizes, strict=True)]
+    )
+    large = differ & (sizes >= min_cells)
+    chosen: np.ndarray = codes[large if large.any() else differ]
+    return chosen
+
+
+def _differ(x_nh: sparse.csr_matrix) -> bool:
+    """Whether any gene has two different values among these cells."""
+    most, least = (np.asarray(found.todense()) for found in (x_nh.max(axis=0), x_nh.min(axis=0)))
+    return bool((most > least).any())
 
 
 def _expressed(x_ng: sparse.csr_matrix) -> np.ndarray:

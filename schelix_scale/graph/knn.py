@@ -117,7 +117,10 @@ def _drop_self(distances: np.ndarray, indices: np.ndarray, own_rows: np.ndarray)
 
 def approximate_neighbors(unit_nd: np.ndarray, k: int, seed: int, threads: int) -> tuple[np.ndarray, np.ndarray]:
     """Approximate neighbours among unit rows by pynndescent: (n, k) indices and cosine distances."""
+    import numba
     from pynndescent import NNDescent
+
+    threads = min(threads, int(numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]  # more is an error
 
     index = NNDescent(
         unit_nd, metric="euclidean", n_neighbors=k + 1, random_state=seed, n_jobs=threads, n_trees=TREES, delta=DELTA

@@ -6,8 +6,10 @@ and then waits for features; what the search holds goes back to the system when 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from schelix_scale.graph.knn import Neighbors, approximate_neighbors, choose_met
 
 FROM_CELLS = 20_000  # below, compiling in this process costs less than a process of its own
 METHOD = "pynndescent"
+PR_SET_PDEATHSIG = 1
 
 
 def worth_a_process(n_cells: int, config: GraphConfig) -> bool:
@@ -73,7 +76,7 @@ class SearchProcess:
         GraphError
             The process failed; the message has the end of what it wrote.
         """
-        with tempfile.TemporaryDirectory(prefix=".search-", dir=scratch) as folder:
+        with tempfile.TemporaryDirectory(prefix="search-", suffix=".partial", dir=scratch) as folder:
             task = {"features": str(features_nd.filename), "seed": seed, "out": folder}
             try:
                 answer, _ = self._process.communicate(json.dumps(task) + "\n")
@@ -110,6 +113,8 @@ class SearchProcess:
 def main(arguments: list[str]) -> None:
     """Compile, wait for one task on standard input, do it, and say so. Ends when the parent does."""
     keep_memory_low()
+    if sys.platform == "linux":  # whatever this is doing; elsewhere it ends after its search
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     k, dims, threads = map(int, arguments)
     compiling = threading.Thread(target=compile_search, args=(dims, k, threads), daemon=True)
     compiling.start()

@@ -122,3 +122,16 @@ def test_a_gene_of_one_group_is_never_chosen() -> None:
     alone = np.flatnonzero(batch_n == 0)
     found = variable_genes(values[alone], batch_n[alone], 40, 100, measured.of_cells(alone))
     assert set(range(20)) <= set(found), "of a single group all genes can be compared"
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_batches_of_one_cell_do_not_vote(masked: bool) -> None:
+    log_ng, _ = sketch(seed=4)
+    many = np.arange(len(log_ng)) % 3
+    measured = measured_by(np.zeros(len(log_ng), int), np.ones((1, log_ng.shape[1]), bool)) if masked else None
+    alone = many.copy()
+    alone[:5] = np.arange(5) + 3  # five batches of a cell each, beside three large ones
+    found = variable_genes(sparse.csr_matrix(log_ng), alone, 20, 1, measured)
+    assert set(VARIABLE) <= set(found)
+    single = variable_genes(sparse.csr_matrix(log_ng), np.arange(len(log_ng)), 20, 1, measured)
+    assert set(VARIABLE) <= set(single), "cells that are each a batch vote together"
