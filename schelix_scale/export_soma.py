@@ -16,7 +16,7 @@ from schelix_scale.export import KEY, embedded_names, embedding_group
 from schelix_scale.progress import QuietReporter, Reporter, Stage
 from schelix_scale.run import Run
 from schelix_scale.stores import open_configured
-from schelix_scale.stores._soma import brief, context_of, settings_of, soma_module
+from schelix_scale.stores._soma import brief, context_of, open_array, settings_of, soma_module
 from schelix_scale.stores.soma import SomaStore
 
 # Values of the embedding that are written at a time; each piece is a fragment of TileDB.
@@ -78,7 +78,8 @@ def export_into_source(
         raise RunError(
             f"{uri} has obsm {', '.join(sorted(old))} already. Replace it with --overwrite (overwrite=True)."
         )
-    notes = json.dumps({"run": str(run.path), "source": run.manifest["source"], "config": run.config.model_dump()})
+    config = run.config.model_dump(exclude={"data": {"tiledb"}})  # which may hold keys, and others read the experiment
+    notes = json.dumps({"run": str(run.path), "source": run.manifest["source"], "config": config})
     with (
         _write_errors(soma, uri),
         (reporter or QuietReporter()).stage(f"export into {uri}", store.n_cells * len(names)) as stage,
@@ -144,7 +145,8 @@ def _write(soma: Any, uri: str, context: Any, store: SomaStore, z_nd: Any, notes
     import pyarrow as pa
 
     ids, (n, d) = store.cell_ids, z_nd.shape
-    soma.SparseNDArray.create(uri, type=pa.float32(), shape=(int(ids[-1]) + 1, d), context=context).close()
+    rows = int(open_array(store.address, "SparseNDArray", store.address.matrix).shape[0])  # cells left out included
+    soma.SparseNDArray.create(uri, type=pa.float32(), shape=(rows, d), context=context).close()
     step = max(_PIECE // d, 1)
     with soma.SparseNDArray.open(uri, "w", context=context) as array:
         array.metadata["schelix"] = notes

@@ -20,6 +20,7 @@ from schelix_scale.stages import STAGES
 from schelix_scale.stages.graph import search_ahead
 from schelix_scale.stores import CellStore, Source, open_configured
 from schelix_scale.stores.checks import check_names
+from schelix_scale.stores.joined import JoinedStore
 
 
 def integrate(
@@ -103,7 +104,7 @@ def integrate(
     for notice in store.notices():
         reporter.warn(notice)
     context = Context.prepare(store, chosen, reporter)
-    description = {"uri": _uri(store), "layer": chosen.data.layer, "fingerprint": context.source_fingerprint}
+    description = {"uri": _uri(store), "layer": store.layer, "fingerprint": context.source_fingerprint}
     description |= store.provenance()
     with RunDirectory.claim(out, context.config, description, overwrite) as directory, limited_threads(context.threads):
         with search_ahead(context, directory) as ready:
@@ -145,5 +146,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _uri(store: CellStore) -> str:
+    if isinstance(store, JoinedStore):  # its source is a text of several names, which may be too long for a path
+        return store.source
     path = Path(store.source).expanduser()
     return str(path.resolve()) if path.exists() else store.source

@@ -16,7 +16,7 @@ import tiledbsoma.io
 from typer.testing import CliRunner
 
 from schelix_scale.cli import app
-from schelix_scale.errors import RunError
+from schelix_scale.errors import RunError, StoreError
 from schelix_scale.export import export_run
 from schelix_scale.export_soma import export_into_source
 from schelix_scale.pipeline import integrate
@@ -214,3 +214,34 @@ def test_light_exports_and_what_is_refused(experiment: Path, file_run: Run, tmp_
         opened.obs.delete_cells(([3],))
     with pytest.raises(RunError, match="has changed since the run"):
         export_into_source(result, experiment)
+
+
+def test_an_export_of_the_first_cells_leaves_queries_of_the_last_ones_working(written: Path, tmp_path: Path) -> None:
+    experiment = tmp_path / "copy.soma"
+    shutil.copytree(written, experiment)
+    with tiledbsoma.Experiment.open(str(experiment)) as opened:
+        total = opened.obs.count
+    first = f"soma_joinid < {total // 2} and tissue == 'lung'"
+    settings = {"data.obs_filter": first, "data.tiledb": {"vfs.s3.aws_secret_access_key": "SECRET"}}
+    export_into_source(run(experiment, tmp_path / "run", **{**FAST, **settings}), experiment)
+    with tiledbsoma.Experiment.open(str(experiment)) as opened:
+        obsm = opened.ms["RNA"].obsm["X_schelix"]
+        assert obsm.shape[0] == total
+        assert "SECRET" not in str(dict(obsm.metadata))
+        query = tiledbsoma.AxisQuery(value_filter=f"soma_joinid >= {total // 2}")
+        with opened.axis_query("RNA", obs_query=query) as asked:
+            assert asked.to_anndata("data", obsm_layers=["X_schelix"]).n_obs == total - total // 2
+
+
+def test_settings_that_an_open_store_cannot_take_are_refused(written: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is open already, so obs_filter would not be applied"):
+        run(open_store(str(written)), tmp_path / "run", **{**FAST, "data.obs_filter": "tissue == 'lung'"})
+
+
+def test_a_run_of_an_open_store_records_its_layer(cells: ad.AnnData, tmp_path: Path) -> None:
+    layered = cells.copy()
+    layered.layers["counts"] = layered.X.copy()
+    layered.write_h5ad(tmp_path / "cells.h5ad")
+    result = run(open_store(tmp_path / "cells.h5ad", layer="counts"), tmp_path / "run", **FAST)
+    assert result.manifest["source"]["layer"] == "counts"
+    assert ad.read_h5ad(export_run(result, tmp_path / "out.h5ad")).obsm["X_schelix"].shape == result.embedding.shape

@@ -58,7 +58,8 @@ def open_census(text: str, data: DataConfig) -> CensusStore:
             )
         experiment = census["census_data"][organism]
         settings = _settings(census.context.tiledb_config, data)
-        inner = store_of(experiment, source, chosen, data.timestamp or now(), settings)
+        timestamp = now() if data.timestamp is None else data.timestamp
+        inner = store_of(experiment, source, chosen, timestamp, settings)
         facts = _facts(census, data)
         return CensusStore(inner, facts, *_presence(census, experiment, inner, data.measurement))
 

@@ -18,6 +18,7 @@ from schelix_scale.stores.memory import MemoryStore
 if TYPE_CHECKING:
     from anndata import AnnData
 
+READING = frozenset({"obs_filter", "measurement", "timestamp", "tiledb", "census_version", "census_uri", "genes_join"})
 SOMA_SCHEMES = ("tiledb://", "s3://", "gs://", "azure://", "file://")
 
 Source: TypeAlias = "str | Path | AnnData | CellStore | Sequence[str | Path]"
@@ -58,6 +59,12 @@ def open_configured(source: Source, data: DataConfig) -> CellStore:
             raise StoreError(
                 f"{source.source} is open with layer {source.layer!r}; {data.layer!r} was asked. "
                 "Open it with that layer."
+            )
+        ignored = sorted(READING & data.model_fields_set)
+        if ignored:
+            raise StoreError(
+                f"{source.source} is open already, so {', '.join(ignored)} would not be applied. Give it to "
+                "open_store, or give the address instead of the open store."
             )
         return source
     if isinstance(source, str | Path):

@@ -51,7 +51,7 @@ def open_soma(text: str, data: DataConfig) -> SomaStore:
         No cell is left by the filter.
     """
     soma = soma_module(text)
-    timestamp = data.timestamp or now()
+    timestamp = now() if data.timestamp is None else data.timestamp
     settings = settings_of(data.tiledb)
     with soma_errors(text):
         experiment = soma.open(text, "r", context=context_of(settings), tiledb_timestamp=timestamp)
