@@ -12,7 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+
+
+_SECRET = re.compile(r"secret|token|password|key|sas|credential", re.IGNORECASE)
 
 
 class _Settings(BaseModel):
@@ -44,6 +47,11 @@ class DataConfig(_Settings):
     tiledb: dict[str, str] = Field({}, description='SOMA: settings of TileDB, as "vfs.s3.region"')
     census_version: str = Field("stable", min_length=1, description="Census: a release date, stable or latest")
     census_uri: str | None = Field(None, min_length=1, description="Census: a local or mirrored one")
+
+    @field_serializer("tiledb", when_used="json")
+    def _without_keys(self, value: dict[str, str]) -> dict[str, str]:
+        """Leave keys to the cloud out of whatever is written: runs are shared, and keys change while data do not."""
+        return {name: text for name, text in value.items() if not _SECRET.search(name)}
 
 
 class SketchConfig(_Settings):

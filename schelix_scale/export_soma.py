@@ -78,7 +78,7 @@ def export_into_source(
         raise RunError(
             f"{uri} has obsm {', '.join(sorted(old))} already. Replace it with --overwrite (overwrite=True)."
         )
-    config = run.config.model_dump(exclude={"data": {"tiledb"}})  # which may hold keys, and others read the experiment
+    config = run.config.model_dump(mode="json")
     notes = json.dumps({"run": str(run.path), "source": run.manifest["source"], "config": config})
     with (
         _write_errors(soma, uri),

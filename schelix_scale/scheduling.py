@@ -163,7 +163,8 @@ def _result(future: Any, scheduler: str) -> int:
     except KilledWorker as error:
         raise RunError(
             f"scheduler={scheduler}: several workers died over the same task, most likely for lack of memory. Lower "
-            f"max_memory, which is dealt to each worker's machine, or use fewer workers. {AGAIN}"
+            f"max_memory, or start workers with fewer threads: a machine of them needs max_memory if it has as many as "
+            f"the setting threads says, and more if it has more. {AGAIN}"
         ) from error
     except CancelledError as error:
         raise _lost(scheduler) from error

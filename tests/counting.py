@@ -4,51 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import sparse
 
-from schelix_scale.stores.base import CellStore, Measured
+from schelix_scale.stores import CellStore
+
+from .forwarding import ForwardingStore
 
 
-class CountingStore(CellStore):
+class CountingStore(ForwardingStore):
     def __init__(self, store: CellStore) -> None:
-        self.store = store
+        super().__init__(store)
         self.reads = np.zeros(store.n_cells, int)
         self.largest = self.blocks_read = 0
         self._lock = threading.Lock()
-        self.layer, self.available_layers, self.row_access = store.layer, store.available_layers, store.row_access
-
-    @property
-    def source(self) -> str:
-        return self.store.source
-
-    @property
-    def n_cells(self) -> int:
-        return self.store.n_cells
-
-    @property
-    def gene_names(self) -> pd.Index:
-        return self.store.gene_names
-
-    @property
-    def cell_names(self) -> pd.Index:
-        return self.store.cell_names
-
-    @property
-    def obs_columns(self) -> list[str]:
-        return self.store.obs_columns
-
-    @property
-    def nonzeros_per_cell(self) -> float:
-        return self.store.nonzeros_per_cell
-
-    def obs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        return self.store.obs(columns)
 
     def read(self, rows: np.ndarray, genes: np.ndarray | None = None) -> sparse.csr_matrix:
         with self._lock:
@@ -56,12 +28,6 @@ class CountingStore(CellStore):
             self.largest = max(self.largest, len(rows))
             self.blocks_read += 1
         return self.store.read(rows, genes)
-
-    def measured(self) -> Measured | None:
-        return self.store.measured()
-
-    def fingerprint(self) -> str:
-        return self.store.fingerprint()
 
 
 def count_chunks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import final
 
 import anndata
 import numpy as np
@@ -30,6 +29,7 @@ from schelix_scale.run import RunDirectory
 from schelix_scale.stores import CellStore, MemoryStore
 from schelix_scale.stores.base import Measured
 
+from .forwarding import ForwardingStore
 from .synthetic import Synthetic, dense_log_normalize, make_cells
 from .test_pipeline import SMALL
 from .unmeasured import two_of_three, with_nan, without
@@ -37,42 +37,12 @@ from .unmeasured import two_of_three, with_nan, without
 G = 150
 
 
-@final
-class PartlyMeasured(CellStore):
+class PartlyMeasured(ForwardingStore):
     """A store that knows, or does not tell, what was measured in its cells."""
 
     def __init__(self, store: CellStore, measured: Measured | None) -> None:
-        self.store, self.known = store, measured
-
-    @property
-    def source(self) -> str:
-        return self.store.source
-
-    @property
-    def n_cells(self) -> int:
-        return self.store.n_cells
-
-    @property
-    def gene_names(self) -> pd.Index:
-        return self.store.gene_names
-
-    @property
-    def cell_names(self) -> pd.Index:
-        return self.store.cell_names
-
-    @property
-    def obs_columns(self) -> list[str]:
-        return self.store.obs_columns
-
-    @property
-    def nonzeros_per_cell(self) -> float:
-        return self.store.nonzeros_per_cell
-
-    def obs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        return self.store.obs(columns)
-
-    def read(self, rows: np.ndarray, genes: np.ndarray | None = None) -> sparse.csr_matrix:
-        return self.store.read(rows, genes)
+        super().__init__(store)
+        self.known = measured
 
     def measured(self) -> Measured | None:
         return self.known

@@ -245,3 +245,15 @@ def test_a_run_of_an_open_store_records_its_layer(cells: ad.AnnData, tmp_path: P
     result = run(open_store(tmp_path / "cells.h5ad", layer="counts"), tmp_path / "run", **FAST)
     assert result.manifest["source"]["layer"] == "counts"
     assert ad.read_h5ad(export_run(result, tmp_path / "out.h5ad")).obsm["X_schelix"].shape == result.embedding.shape
+
+
+def test_keys_are_not_written_and_may_change(experiment: Path, tmp_path: Path) -> None:
+    for number, secret in enumerate(("SECRET1", "SECRET2")):
+        reporter = QuietReporter()
+        keys = {"vfs.s3.aws_secret_access_key": secret, "vfs.s3.region": "eu-west-3"}
+        result = run(experiment, tmp_path / "run", reporter=reporter, **{**FAST, "data.tiledb": keys})
+        skipped = sum(message.endswith("done before, skipped") for message in reporter.messages)
+        assert skipped == number * len(STAGE_NAMES)
+    files = [path.read_bytes() for path in result.path.rglob("*") if path.is_file()]
+    assert not any(b"SECRET" in content for content in files)
+    assert any(b"eu-west-3" in content for content in files)

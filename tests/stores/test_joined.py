@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from schelix_scale.stores import AnnDataStore, CellStore, MemoryStore, open_stor
 from schelix_scale.stores.checks import check_block
 from schelix_scale.stores.joined import JoinedStore
 
+from ..forwarding import ForwardingStore
 from .contract import CellStoreContract
 from .truth import Truth, make_truth, to_anndata, write_zarr
 
@@ -384,27 +385,12 @@ def test_files_and_soma_experiments_mix(tmp_path: Path) -> None:
         open_store(paths, obs_filter="donor == 1")
 
 
-class Known(CellStore):
+class Known(ForwardingStore):
     """A store that knows more of its genes than their names; all else is what another store says."""
 
-    def __init__(self, inner: CellStore, table: pd.DataFrame) -> None:
-        self._inner, self._table, self.available_layers = inner, table, inner.available_layers
-
-    source = property(lambda self: self._inner.source)  # type: ignore[assignment]
-    n_cells = property(lambda self: self._inner.n_cells)  # type: ignore[assignment]
-    gene_names = property(lambda self: self._inner.gene_names)  # type: ignore[assignment]
-    cell_names = property(lambda self: self._inner.cell_names)  # type: ignore[assignment]
-    obs_columns = property(lambda self: self._inner.obs_columns)  # type: ignore[assignment]
-    nonzeros_per_cell = property(lambda self: self._inner.nonzeros_per_cell)  # type: ignore[assignment]
-
-    def obs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        return self._inner.obs(columns)
-
-    def read(self, rows: np.ndarray, genes: np.ndarray | None = None) -> sparse.csr_matrix:
-        return self._inner.read(rows, genes)
-
-    def fingerprint(self) -> str:
-        return self._inner.fingerprint()
+    def __init__(self, store: CellStore, table: pd.DataFrame) -> None:
+        super().__init__(store)
+        self._table = table
 
     def gene_table(self) -> pd.DataFrame:
         return self._table
