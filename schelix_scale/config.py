@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
-
 _SECRET = re.compile(r"secret|token|password|key|sas|credential", re.IGNORECASE)
 
 
