@@ -23,18 +23,31 @@ TYPE_SPREAD, BATCH_SPREAD = 1.0, 0.7  # sd of log shares of types in batches, an
 ABSENT = 0.15  # share of (batch, type) pairs that are not there at all
 MOLECULES, CELL_SPREAD, DEPTH_SPREAD = 4_300, 0.4, 0.25  # molecules of a cell; sd of their log over cells and batches
 MOST_MOLECULES = 20_000
+FEWEST = 2  # cells of a batch
 NOISE_SHARE = 0.08  # of a cell's molecules, on genes beyond those of the real cells, alike in all cells
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What an atlas is made of."""
+    """What an atlas is made of.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than two cells for each batch, or nothing to make.
+    """
 
     cells: int
     genes: int = 20_000
     batches: int = 40
     seed: int = 0
     molecules: float = MOLECULES
+
+    def __post_init__(self) -> None:
+        if min(self.batches, self.genes) < 1:
+            raise ValueError(f"{self.batches} batches and {self.genes} genes: both must be 1 or more")
+        if self.cells < FEWEST * self.batches:
+            raise ValueError(f"{self.cells} cells are too few for {self.batches} batches, of {FEWEST} at the least")
 
 
 @dataclass(frozen=True)
@@ -80,9 +93,7 @@ class Atlas:
         """Deal cells over batches and types unevenly, cells of a batch stored together as data sets are."""
         settings, codes = self.settings, types.cat.codes.to_numpy()
         n_types = len(types.cat.categories)
-        sizes = np.exp(rng.normal(0, BATCH_SPREAD, settings.batches))
-        sizes = np.maximum(2, np.floor(sizes / sizes.sum() * settings.cells)).astype(int)
-        sizes[np.argmax(sizes)] += settings.cells - sizes.sum()
+        sizes = batch_sizes(np.exp(rng.normal(0, BATCH_SPREAD, settings.batches)), settings.cells)
         share = np.bincount(codes, minlength=n_types) / len(codes)
         shares = share * np.exp(rng.normal(0, TYPE_SPREAD, (settings.batches, n_types)))
         absent = rng.random(shares.shape) < ABSENT
@@ -144,6 +155,15 @@ class Atlas:
             )
             indptr = np.concatenate([[0], np.cumsum(stored)])
             yield Block(start, sparse.csr_matrix((counts[keep], genes[keep], indptr), shape=(stop - start, g)))
+
+
+def batch_sizes(weights: np.ndarray, cells: int) -> np.ndarray:
+    """Divide ``cells`` by weights (b,), `FEWEST` a batch at the least; return sizes (b,) that sum to ``cells``."""
+    sizes = np.maximum(FEWEST, np.floor(weights / weights.sum() * cells)).astype(int)
+    sizes[np.argmax(sizes)] += max(cells - sizes.sum(), 0)  # what rounding has left
+    while sizes.sum() > cells:  # what the smallest got beyond their weights
+        sizes[np.argmax(sizes)] -= 1
+    return sizes
 
 
 def _profiles(

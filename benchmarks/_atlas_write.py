@@ -31,11 +31,23 @@ def write_atlas(atlas: Atlas, path: Path, uns: dict[str, Any], advance: Advance 
         raise ValueError(f"{path} must end in {', '.join(FORMATS)}")
     if path.exists():
         raise ValueError(f"{path} exists; name another place or remove it")
+    write_cells(atlas.blocks(), atlas.obs, atlas.var, path, uns, advance)
+
+
+def write_cells(
+    blocks: Iterator[Block],
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    path: Path,
+    uns: dict[str, Any],
+    advance: Advance = lambda _: None,
+) -> None:
+    """Write cells in the format of the suffix; ``path`` appears when it is complete, what a killed write left goes."""
     partial = path.with_name(f".partial-{path.name}")
     if partial.is_dir():
         shutil.rmtree(partial)
     partial.unlink(missing_ok=True)
-    WRITERS[path.suffix](atlas.blocks(), atlas.obs, atlas.var, partial, uns, advance)
+    WRITERS[path.suffix](blocks, obs, var, partial, uns, advance)
     partial.rename(path)
 
 

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from _atlas import Block
-from _atlas_write import WRITERS
+from _atlas_write import FORMATS, write_cells
 
 BLOCK = 8_192
 
 
 def copies(atlas: Path, cells: int | None, folder: Path) -> dict[str, Path]:
     """Write ``folder/NAME-N.zarr``, ``.h5ad`` and ``.soma`` of the first N cells (all by default); keep what is there.
+
+    They hold values and names, no obs columns.
 
     Returns
     -------
@@ -30,11 +32,9 @@ def copies(atlas: Path, cells: int | None, folder: Path) -> dict[str, Path]:
             yield Block(start, store.read(np.arange(start, min(start + BLOCK, n))))
 
     folder.mkdir(parents=True, exist_ok=True)
-    found = {suffix.removeprefix("."): folder / f"{atlas.stem}-{n}{suffix}" for suffix in WRITERS}
+    found = {suffix.removeprefix("."): folder / f"{atlas.stem}-{n}{suffix}" for suffix in FORMATS}
     for path in found.values():
         if not path.exists():
-            partial = path.with_name(f".partial-{path.name}")
-            obs = store.obs(["batch"]).iloc[:n]
-            WRITERS[path.suffix](blocks(), obs, pd.DataFrame(index=store.gene_names), partial, {}, lambda _: None)
-            partial.rename(path)
+            names = pd.DataFrame(index=store.cell_names[:n]), pd.DataFrame(index=store.gene_names)
+            write_cells(blocks(), *names, path, {})
     return found

@@ -46,12 +46,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0 when the atlas was written, 2 for bad usage."""
     arguments = parser().parse_args(argv)
-    settings = Settings(arguments.cells, arguments.genes, arguments.batches, arguments.seed, arguments.molecules)
     try:
+        settings = Settings(arguments.cells, arguments.genes, arguments.batches, arguments.seed, arguments.molecules)
         if not arguments.template.is_file():
             raise ValueError(f"there is no file {arguments.template}; name a .h5ad file of real counts with --template")
-        if settings.cells < 2 * settings.batches:
-            raise ValueError(f"{settings.cells} cells are too few for {settings.batches} batches")
         if arguments.out.suffix not in FORMATS or arguments.out.exists():
             raise ValueError(f"{arguments.out} must be new and end in {', '.join(FORMATS)}")
     except ValueError as error:

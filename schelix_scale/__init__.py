@@ -14,19 +14,39 @@ if TYPE_CHECKING:
     from schelix_scale.config import Config
     from schelix_scale.config_io import load_config
     from schelix_scale.errors import SchelixError
-    from schelix_scale.pipeline import integrate
+    from schelix_scale.extending.api import extend
+    from schelix_scale.mapping.api import Reference, map_cells
+    from schelix_scale.pipeline import continue_run, integrate, prepare
     from schelix_scale.run import Run
     from schelix_scale.stores import open_store
 
-__all__ = ["Config", "Run", "SchelixError", "__version__", "integrate", "load_config", "open_store"]
+__all__ = [
+    "Config",
+    "Reference",
+    "Run",
+    "SchelixError",
+    "__version__",
+    "continue_run",
+    "extend",
+    "integrate",
+    "load_config",
+    "map_cells",
+    "open_store",
+    "prepare",
+]
 
 _HOMES = {
     "Config": "schelix_scale.config",
+    "Reference": "schelix_scale.mapping.api",
     "Run": "schelix_scale.run",
     "SchelixError": "schelix_scale.errors",
+    "continue_run": "schelix_scale.pipeline",
+    "extend": "schelix_scale.extending.api",
     "integrate": "schelix_scale.pipeline",
     "load_config": "schelix_scale.config_io",
+    "map_cells": "schelix_scale.mapping.api",
     "open_store": "schelix_scale.stores",
+    "prepare": "schelix_scale.pipeline",
 }
 
 

@@ -6,6 +6,7 @@ Most stages size their blocks by the budget; what is left is what they hold at t
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from schelix_scale.compute import thread_count
@@ -15,9 +16,14 @@ from schelix_scale.features.onepass import MIN_BLOCK
 from schelix_scale.features.onepass import bytes_per_cell as pass_bytes_per_cell
 from schelix_scale.genes.sketch import BYTES_PER_VALUE, MIN_SKETCH
 from schelix_scale.stores.base import CellStore
+from schelix_scale.training.loader import BYTES_PER_VALUE as STREAM_BYTES_PER_VALUE
+from schelix_scale.training.loader import MIN_BLOCK as STREAM_MIN_BLOCK
+from schelix_scale.training.loader import shuffle_for
 
 BYTES_PER_CELL = 300  # names, obs, batch codes
 GRAPH_BYTES_PER_NEIGHBOR = 48  # indices, distances and weights while the operator is made
+STREAM_SHARE = 0.25  # of the memory budget, for expression on its way to the training
+STAGES = ("genes", "features", "graph", "train", "embed")
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ def least_needs(store: CellStore, config: Config) -> list[Need]:
     """Return what the stages that hold the most need at the least, in their order."""
     n, per_cell, threads, k = store.n_cells, store.nonzeros_per_cell, thread_count(config), config.graph.k
     sketch, block = min(n, MIN_SKETCH), min(n, MIN_BLOCK)
-    return [
+    needs = [
         Need(
             "genes",
             int(sketch * per_cell * BYTES_PER_VALUE),
@@ -54,10 +60,46 @@ def least_needs(store: CellStore, config: Config) -> list[Need]:
             f", or lower graph.k (now {k})",
         ),
     ]
+    if streams(config):
+        step = step_cells(n, config)
+        cells = min(n, max(step, STREAM_MIN_BLOCK))
+        remedy = f', lower train.batch_size (now {config.train.batch_size}), or use train.input = "cache"'
+        needs.append(Need("train", int(cells * per_cell * STREAM_BYTES_PER_VALUE), f"steps of {step} cells", remedy))
+    return needs
 
 
-def require_memory(store: CellStore, config: Config) -> None:
+def streams(config: Config) -> bool:
+    """Whether training reads expression."""
+    return config.train.input == "stream" and config.train.enabled and config.strength > 0
+
+
+def step_cells(n: int, config: Config) -> int:
+    """Return the cells of a training step: fewer in small data, whose epochs would have too few steps."""
+    return min(config.train.batch_size, max(n // 8, 48))
+
+
+def stream_memory(store: CellStore, config: Config) -> float:
+    """Return the memory in bytes of the buffers with which training reads expression; 0 if it does not."""
+    if not streams(config):
+        return 0.0
+    buffer = shuffle_for(store, int(STREAM_SHARE * memory_budget(config))).buffer
+    cells = min(max(buffer, step_cells(store.n_cells, config)), store.n_cells)
+    return cells * store.nonzeros_per_cell * STREAM_BYTES_PER_VALUE
+
+
+def require_memory(
+    store: CellStore, config: Config, first: str = STAGES[0], due: Collection[str] | None = None
+) -> None:
     """Refuse a budget with which a stage would run out of memory, before anything is computed.
+
+    Parameters
+    ----------
+    store, config
+        The cells and the settings.
+    first
+        The first stage that is to be done; those before it need nothing any more.
+    due
+        The stages that may be done; all by default.
 
     Raises
     ------
@@ -65,12 +107,15 @@ def require_memory(store: CellStore, config: Config) -> None:
         Names the stage, what it needs and the remedy.
     """
     budget = memory_budget(config)
+    later = STAGES[STAGES.index(first) :] if first in STAGES else ()
+    to_do = {stage for stage in later if due is None or stage in due}
     for need in least_needs(store, config):
-        if need.memory > budget:
-            allowed = "half of the memory here" if config.max_memory is None else f"max_memory = {config.max_memory}"
+        if need.stage in to_do and need.memory > budget:
+            half = f"half of the memory here, {_amount(budget)},"
+            allowed = half if config.max_memory is None else f"max_memory = {config.max_memory}"
             raise ConfigError(
                 f"{store.source}: stage {need.stage} needs about {_amount(need.memory)} of memory for {need.purpose}; "
-                f"{allowed} allows {_amount(budget)}. Allow more, --max-memory {_amount(need.memory)}{need.remedy}."
+                f"{allowed} is less. Allow more, --max-memory {_amount(need.memory)}{need.remedy}."
             )
 
 

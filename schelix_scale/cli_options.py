@@ -60,3 +60,44 @@ Setting = Annotated[
     typer.Option("--set", "-s", help="A single setting; wins over the file. May be repeated.", metavar="KEY=VALUE"),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings and errors only.")]
+Out = Annotated[str, typer.Option("--out", "-o", help="The run directory, made or continued.", metavar="RUN")]
+Strength = Annotated[
+    float | None,
+    typer.Option(
+        help="How much is corrected and smoothed: 1 (the default) is the full method, 0 is plain PCA. "
+        "Lower it if biology is lost with the batches.",
+        metavar="0..1",
+    ),
+]
+Protect = Annotated[
+    list[str] | None,
+    typer.Option(help="obs column whose effect is not batch (condition, time). May be repeated.", metavar="COLUMN"),
+]
+MaxMemory = Annotated[str | None, typer.Option(help="Such as 4GB; half of the memory by default.", metavar="SIZE")]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same threads: same embedding. 0 by default.")]
+Threads = Annotated[int | None, typer.Option(help="All cores by default.")]
+Device = Annotated[
+    str | None, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps.", metavar="NAME")
+]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        help="A dask.distributed cluster that passes over all cells; threads by default. Its workers need SOURCE "
+        "and RUN at the same paths.",
+        metavar="tcp://HOST:PORT",
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start over: remove the run that is in RUN.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", help="Another setting for this stage than RUN has. May be repeated.", metavar="KEY=VALUE"
+    ),
+]
+Nproc = Annotated[
+    int,
+    typer.Option(
+        min=1, help="Processes that train and embed together, one for each GPU or for some of the cores.", metavar="N"
+    ),
+]
+NoSummary = Annotated[bool, typer.Option("--no-summary", hidden=True)]

@@ -95,14 +95,19 @@ class GraphConfig(_Settings):
     """Neighbours and the diffusion operator."""
 
     k: int = Field(30, ge=2, le=500)
-    method: Literal["auto", "exact", "pynndescent"] = "auto"
-    exact_below: int = Field(20_000, ge=0, description="auto searches exactly below this number of cells")
+    method: Literal["auto", "exact", "ivf", "pynndescent"] = Field(
+        "auto", description="exact, ivf (lists of nearby cells, then neighbours of neighbours), or pynndescent"
+    )
+    exact_below: int = Field(20_000, ge=0, description="auto searches exactly below this number of cells, else ivf")
     theta: float = Field(1.0, ge=0, description="strength of the batch reweighting")
     kernel_neighbor: int = Field(7, ge=1, description="the neighbour whose distance is a cell's kernel width")
     restart: float = Field(0.3, ge=0, le=1)
     hops: tuple[int, ...] = Field((0, 1, 3), min_length=1)
     min_recall: float = Field(0.95, ge=0, le=1)
     audit_cells: int = Field(500, ge=10)
+    cache_dir: str | None = Field(
+        None, min_length=1, description="a directory of operators that several runs share; found again by content"
+    )
 
     @field_validator("hops")
     @classmethod
@@ -142,6 +147,15 @@ class TrainConfig(_Settings):
     loadings: Literal["frozen", "learned"] = Field(
         "frozen", description='whether the first layers, PCA of the sketch, learn; learned needs input = "stream"'
     )
+    checkpoint_every: int | None = Field(None, ge=1, description="steps; there is one at every evaluation anyway")
+    checkpoints_kept: int = Field(2, ge=1)
+    cache_device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where cached features lie while a GPU trains: on it if they fit (auto), or on disk"
+    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of the model's products in training")
+    compile: bool = Field(False, description="compile the model with torch.compile")
+    deterministic: bool = Field(False, description="refuse operations that differ from time to time on a GPU")
+    tensorboard: bool = Field(False, description="also write checkpoints/tensorboard/ (pip install tensorboard)")
 
     @model_validator(mode="after")
     def _learning_needs_expression(self) -> TrainConfig:
@@ -217,7 +231,8 @@ class Config(_Settings):
 
 _ADDRESS = re.compile(r"(tcp|tls|ucx|ws|wss)://\S+")
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
-_MAY_CHANGE = frozenset({"max_memory", "device", "scheduler"})
+WATCHING = frozenset({"checkpoint_every", "checkpoints_kept", "cache_device", "tensorboard"})  # no result changes
+_MAY_CHANGE = frozenset({"max_memory", "device", "scheduler", "graph.cache_dir"}) | {f"train.{name}" for name in WATCHING}
 
 
 def parse_bytes(text: str) -> int:
@@ -272,7 +287,8 @@ def _cgroup_limits(root: Path, membership: Path) -> Iterator[int]:
 def config_differences(a: Config | Mapping[str, Any], b: Config | Mapping[str, Any]) -> list[str]:
     """Return what differs from ``a`` to ``b``, such as ``graph.k: 30 -> 15``.
 
-    ``max_memory``, ``device`` and ``scheduler`` are left out: a run goes on with others of them. (A sketch of another
+    ``max_memory``, ``device``, ``scheduler`` and how often a training is saved and where its features lie are left
+    out: a run goes on with others of them. (A sketch of another
     size, which less memory can mean, is noticed by the stage that draws it.)
     """
     old, new = _flat(a), _flat(b)

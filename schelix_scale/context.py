@@ -12,21 +12,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from schelix_scale.budget import require_memory
 from schelix_scale.compute import thread_count
 from schelix_scale.config import Config, memory_budget
-from schelix_scale.errors import DataError
+from schelix_scale.errors import RunError
 from schelix_scale.genes.sketch import SKETCH_SHARE, sketch_size
 from schelix_scale.progress import Reporter
+from schelix_scale.requirements import BATCH, ROW, carried_columns, requirements, with_batch_key
 from schelix_scale.run import RunDirectory, StageRecord
 from schelix_scale.stores.base import CellStore, Measured, partly_measured
-from schelix_scale.stores.batches import Batches, batch_columns, default_batch_key, read_batches
+from schelix_scale.stores.batches import Batches, default_batch_key
 from schelix_scale.stores.joined import JoinedStore
-from schelix_scale.stores.known_labels import KnownLabels, read_labels
+from schelix_scale.stores.known_labels import KnownLabels
 
 if TYPE_CHECKING:
     from schelix_scale.graph.search import SearchProcess
+    from schelix_scale.training.dist import Ranks
 
-ROW, BATCH = "schelix_row", "schelix_batch"
+__all__ = ["BATCH", "ROW", "Context"]
+
 PLAIN = ("string", "boolean", "integer", "floating", "mixed-integer-float", "empty")
 
 Make = Callable[[str], tuple[list[str], dict[str, Any]]]
@@ -52,6 +56,10 @@ class Context:
         Of the store's content.
     search
         A process that gets ready to find neighbours, or None: they are found in this one.
+    due
+        The stages that may be done; any other one must be done already. None: all.
+    ranks
+        Who does the stages together, or None: this process alone.
     """
 
     store: CellStore
@@ -64,6 +72,8 @@ class Context:
     budget: int
     source_fingerprint: str
     search: SearchProcess | None = None
+    due: frozenset[str] | None = None
+    ranks: Ranks | None = None
 
     @classmethod
     def prepare(cls, store: CellStore, config: Config, reporter: Reporter) -> Context:
@@ -77,21 +87,14 @@ class Context:
             The batch key or a protected column is missing or cannot be used.
         """
         config = _settle_batch_key(store, config, reporter)
-        batches = read_batches(store, config.data.batch_key)
-        if store.n_cells <= config.graph.k:
-            raise DataError(
-                f"{store.source} has {store.n_cells} cells; graph.k = {config.graph.k} neighbours need more. "
-                f"Lower it: --set graph.k={max(2, store.n_cells // 4)}."
-            )
-        _check_obs_names(store, config)
-        levels = _protected_levels(store, config)
+        found = {name: check() for name, check in requirements(store, config).items()}
         return cls(
             store,
             config,
             reporter,
-            batches,
-            levels,
-            read_labels(store, config.data),
+            found["batches"],
+            found["levels"],
+            found["labels"],
             thread_count(config),
             memory_budget(config),
             store.fingerprint(),
@@ -109,10 +112,7 @@ class Context:
 
     def obs(self) -> pd.DataFrame:
         """Read the obs columns that are carried into the run, in forms that parquet and zarr can hold."""
-        columns = self.config.data.obs_columns
-        if columns is not None:
-            columns = tuple(dict.fromkeys([*batch_columns(self.store, self.config.data.batch_key), *columns]))
-        table = self.store.obs(columns).copy()
+        table = self.store.obs(carried_columns(self.store, self.config)).copy()
         for name in table.columns:
             if not _storable(table[name]):
                 self.reporter.say(f"obs column {name!r} ({table[name].dtype}) is carried along as text")
@@ -138,14 +138,26 @@ class Context:
         after: Sequence[str],
         make: Make,
     ) -> StageRecord:
-        """Do a stage, or skip it if it was done with the same inputs; return its record."""
+        """Do a stage, or skip it if it was done with the same inputs; return its record.
+
+        Raises
+        ------
+        RunError
+            The stage is not done and not ``due``.
+        ConfigError
+            The memory budget is too small for the stage, or one after it.
+        """
         fingerprint = directory.fingerprint(name, version, inputs, after)
         if directory.was_done(name, fingerprint):
             damage = directory.damage(name)
             if not damage:
                 self.reporter.say(f"{name}: done before, skipped")
                 return directory.record(name)
-            self.reporter.warn(f"{'; '.join(damage)}; {name} is done again")
+            if self.due is None or name in self.due:
+                self.reporter.warn(f"{'; '.join(damage)}; {name} is done again")
+        if self.due is not None and name not in self.due:
+            raise not_done(directory, name)
+        require_memory(self.store, self.config, name, self.due)
         directory.begin(name)
         started = time.monotonic()
         artifacts, details = make(fingerprint)
@@ -183,6 +195,15 @@ class Context:
         }
 
 
+def not_done(directory: RunDirectory, stage: str) -> RunError:
+    """Return the error of a stage that another command must do first."""
+    if stage in ("genes", "features"):
+        command = f"schelix prepare SOURCE -o {directory.path}"
+        return RunError(f"{directory.path} is not prepared: stage {stage} is not done, or damaged. Run `{command}`.")
+    why = "is not done, is damaged, or is older than what it was made from"
+    return RunError(f"stage {stage} of {directory.path} {why}. Run `schelix {stage} {directory.path}` first.")
+
+
 def _settle_batch_key(store: CellStore, config: Config, reporter: Reporter) -> Config:
     """Say how several files are joined, and return the settings with the batch key that is used."""
     if isinstance(store, JoinedStore):
@@ -192,40 +213,7 @@ def _settle_batch_key(store: CellStore, config: Config, reporter: Reporter) -> C
     if key == config.data.batch_key:
         return config
     reporter.say(f"no batch key was given and no file has {config.data.batch_key!r}: each file is a batch ({key!r})")
-    return config.model_copy(update={"data": config.data.model_copy(update={"batch_key": key})})
-
-
-def _protected_levels(store: CellStore, config: Config) -> np.ndarray | None:
-    """Code the combinations of the protected columns, (n,) int32."""
-    protect = config.data.protect
-    if not protect:
-        return None
-    if set(batch_columns(store, config.data.batch_key)) <= set(protect):
-        raise DataError(f"protect: {config.data.batch_key!r} is the batch key; what is protected cannot be the batch.")
-    columns = store.obs(protect)
-    missing = np.flatnonzero(columns.isna().any(axis=1).to_numpy())
-    if len(missing):
-        first = ", ".join(map(str, columns.index[missing[:3]]))
-        raise DataError(
-            f"{store.source}: the protected columns {', '.join(protect)} have no value in {len(missing)} of "
-            f"{store.n_cells} cells (first: {first}). Fill them in, or drop those cells."
-        )
-    codes, _ = columns.astype(str).agg(" | ".join, axis=1).factorize(sort=True)
-    return np.asarray(codes, dtype=np.int32)
-
-
-def _check_obs_names(store: CellStore, config: Config) -> None:
-    """Refuse obs columns that cannot stand beside ours, before anything is computed."""
-    names = [str(name) for name in config.data.obs_columns or store.obs_columns]
-    taken = sorted({ROW, BATCH} & set(names))
-    written = [name.replace("/", "_") for name in names]
-    clash = sorted({name for name in written if written.count(name) > 1})
-    if taken or clash:
-        raise DataError(
-            f"{store.source}: obs columns {', '.join(taken or clash)} cannot be kept: "
-            f"{'the names are ours' if taken else 'they have the same name once / is written as _'}. "
-            "Rename them, or choose columns with data.obs_columns."
-        )
+    return with_batch_key(config, key)
 
 
 def _storable(column: pd.Series) -> bool:

@@ -13,9 +13,10 @@ from torch.nn.functional import normalize
 
 from schelix_scale.config import EmbedConfig
 from schelix_scale.errors import TrainingError
-from schelix_scale.graph.operator import row_blocks
+from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.model.streams import DualStream, Latent
 from schelix_scale.training.data import CachedFeatures
+from schelix_scale.training.dist import ALONE, Ranks
 from schelix_scale.training.expression import Expression
 from schelix_scale.training.refresh import ENCODE_CELLS, encode
 
@@ -59,17 +60,49 @@ def write_embedding(
     device: torch.device,
     advance: Callable[[int], None] = lambda _: None,
     expression: Expression | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Write ``path``, readable by `anndata.read_zarr`: obs, uns and one (n, d) float32 array per obsm key.
 
-    Rows are written block by block at their row numbers, each zarr chunk by one block. A model with learned loadings
-    reads the ``expression`` of all cells once more.
+    Rows are written block by block at their row numbers, each zarr chunk by one block, and blocks in turn by the
+    ranks: what is written does not depend on how many there are. A model with learned loadings reads the
+    ``expression`` of all cells once more.
 
     Raises
     ------
     TrainingError
         A latent is not finite.
     """
+    import zarr
+
+    if ranks.main:
+        _create(path, features, keys, obs, uns)
+    ranks.wait()
+    obsm = zarr.open_group(path / "obsm", mode="r+")
+    model.eval()
+    for number, (start, stop) in enumerate(row_blocks(features.n_cells, ENCODE_CELLS)):
+        if number % ranks.world == ranks.rank:
+            latent: Latent = encode(model, features, start, stop, device, expression)
+            if not torch.isfinite(latent.fused).all():
+                raise TrainingError(
+                    f"the embedding of cells {start} to {stop} is not finite; train again with another seed."
+                )
+            for key, part in keys.items():
+                array = obsm[key]
+                assert isinstance(array, zarr.Array)
+                array[start:stop] = _part(latent, part).numpy()
+        advance(stop - start)
+    ranks.wait()
+    if ranks.main:
+        with warnings.catch_warnings():  # anndata writes consolidated metadata too, and reads faster with it
+            warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+            zarr.consolidate_metadata(path)
+
+
+def _create(
+    path: Path, features: CachedFeatures, keys: Mapping[str, str], obs: pd.DataFrame, uns: Mapping[str, Any]
+) -> None:
+    """Write all but the values of the embedding."""
     import anndata
     import zarr
 
@@ -77,22 +110,7 @@ def write_embedding(
         warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
         anndata.AnnData(obs=obs, uns={"schelix": dict(uns)}).write_zarr(path)
     obsm = zarr.open_group(path / "obsm", mode="r+")
-    n = features.n_cells
-    arrays = {}
     for key, part in keys.items():
         width = embedding_dims(features, part)
-        arrays[key] = obsm.create_array(key, shape=(n, width), chunks=(ENCODE_CELLS, width), dtype="float32")
-        arrays[key].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    model.eval()
-    for start, stop in row_blocks(n, ENCODE_CELLS):
-        latent: Latent = encode(model, features, start, stop, device, expression)
-        if not torch.isfinite(latent.fused).all():
-            raise TrainingError(
-                f"the embedding of cells {start} to {stop} is not finite; train again with another seed."
-            )
-        for key, part in keys.items():
-            arrays[key][start:stop] = _part(latent, part).numpy()
-        advance(stop - start)
-    with warnings.catch_warnings():  # anndata writes consolidated metadata too, and reads faster with it
-        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-        zarr.consolidate_metadata(path)
+        array = obsm.create_array(key, shape=(features.n_cells, width), chunks=(ENCODE_CELLS, width), dtype="float32")
+        array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})

@@ -29,3 +29,7 @@ class GraphError(SchelixError):
 
 class TrainingError(SchelixError):
     """Training cannot start or has diverged."""
+
+
+class RankLost(TrainingError):
+    """Another rank of this training has ended, and has said why if it could; the main rank alone reports it."""

@@ -32,8 +32,8 @@ def export_run(
     are matched by row and by name. The source is only read.
 
     Of cells of a SOMA experiment, the Census, several files or memory, a light AnnData is written: the obs columns of
-    the run and the embedding, but no X; ``uns["schelix"]`` says where they come from. (Into a SOMA experiment:
-    `schelix_scale.export_soma.export_into_source`.)
+    the run and the embedding, but no X; ``uns["schelix"]`` says where they come from. Such a source is not read, and
+    need not be there. (Into a SOMA experiment: `schelix_scale.export_soma.export_into_source`.)
 
     Parameters
     ----------
@@ -76,8 +76,9 @@ def export_run(
 
 def _source_of(run: Run) -> Path | None:
     """Return the path of the file or directory that is copied; None if the cells were not read from one such."""
-    path = Path(run.manifest["source"]["uri"])
-    if not path.is_absolute() or is_soma(str(path)):
+    recorded = run.manifest["source"]
+    path = Path(recorded["uri"])
+    if recorded.get("format") == "soma" or not path.is_absolute() or is_soma(str(path)):
         return None
     if not path.exists():
         raise RunError(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from schelix_scale.errors import RunError, StoreError
 from schelix_scale.export import KEY, embedded_names, embedding_group
 from schelix_scale.progress import QuietReporter, Reporter, Stage
 from schelix_scale.run import Run
-from schelix_scale.stores import open_configured
-from schelix_scale.stores._soma import brief, context_of, open_array, settings_of, soma_module
+from schelix_scale.stores import open_recorded
+from schelix_scale.stores._addresses import absolute
+from schelix_scale.stores._soma import brief, context_of, open_array, soma_module
 from schelix_scale.stores.soma import SomaStore
 
 # Values of the embedding that are written at a time; each piece is a fragment of TileDB.
@@ -30,8 +33,9 @@ def export_into_source(
 
     Written are ``ms[measurement].obsm["X_schelix"]``, and ``X_schelix_*`` of a run with ``embed.streams``, each a
     SparseNDArray (soma_joinid, dimension) of the cells of the run; cells that its filter left out have no values. The
-    new arrays are complete before the old ones, if any, are replaced; their metadata ``schelix`` says how they were
-    made. obs, var and X stay as they are.
+    new arrays are complete before the old ones, if any, are replaced, all in one step: an export that is stopped
+    leaves the old ones or the new ones. Their metadata ``schelix`` says how they were made. obs, var and X stay as
+    they are.
 
     Parameters
     ----------
@@ -42,7 +46,7 @@ def export_into_source(
     overwrite
         Replace an embedding that is there.
     reporter
-        Told how many cells are written; nothing is shown without one.
+        Told how many cells are written, and of old arrays that cannot be removed; nothing is shown without one.
 
     Returns
     -------
@@ -58,12 +62,11 @@ def export_into_source(
     store = _open_source(run, out)
     embedded = embedding_group(run)["obsm"]
     names = sorted(name for name in embedded if name == KEY or name.startswith(f"{KEY}_"))
-    soma, data = soma_module(store.source), run.config.data
-    context = context_of(settings_of(data.tiledb))
+    soma, context = soma_module(store.source), context_of(store.address.settings)
     uri = str(run.manifest["source"]["uri"])
     with _write_errors(soma, uri):
         with soma.Experiment.open(uri, "r", context=context) as experiment:
-            measurement_uri, has_obsm = _measurement(experiment, data.measurement)
+            measurement_uri, has_obsm = _measurement(experiment, store.measurement)
         if not has_obsm:
             with soma.Measurement.open(measurement_uri, "w", context=context) as measurement:
                 measurement.add_new_collection("obsm").close()
@@ -80,15 +83,22 @@ def export_into_source(
         )
     config = run.config.model_dump(mode="json")
     notes = json.dumps({"run": str(run.path), "source": run.manifest["source"], "config": config})
-    with (
-        _write_errors(soma, uri),
-        (reporter or QuietReporter()).stage(f"export into {uri}", store.n_cells * len(names)) as stage,
-    ):
-        stamp = _unused_stamp(old, obsm_uri)
-        made = {name: f"{obsm_uri.rstrip('/')}/{name}_{stamp}" for name in names}
-        for name in names:
-            _write(soma, made[name], context, store, embedded[name], notes, stage)
-        _replace(soma, obsm_uri, context, old, made)
+    reporter = reporter or QuietReporter()
+    stamp = time.time_ns()  # of no other array, not even of one that a killed export has left
+    made = {name: f"{obsm_uri.rstrip('/')}/{name}_{stamp}" for name in names}
+    ours = [array for name, array in old.items() if array.rpartition("/")[2].removeprefix(f"{name}_").isdigit()]
+    with _write_errors(soma, uri):
+        try:
+            with reporter.stage(f"export into {uri}", store.n_cells * len(names)) as stage:
+                for name in names:
+                    _write(soma, made[name], context, store, embedded[name], notes, stage)
+            # Ctrl-C is raised in the main thread only; it leaves this context when the thread is done.
+            with ThreadPoolExecutor(1) as swap:
+                swap.submit(_replace, soma, obsm_uri, context, old, made).result()
+        finally:
+            left = _remove_unused(soma, obsm_uri, context, [*made.values(), *ours])
+    for array in left:
+        reporter.warn(f"{array} is not part of {uri} any more, but cannot be removed")
     return uri
 
 
@@ -96,16 +106,14 @@ def _open_source(run: Run, out: str | Path) -> SomaStore:
     """Return the store of the run's source, which must be ``out`` and unchanged."""
     recorded = run.manifest["source"]
     uri, asked = recorded["uri"], str(out)
-    if "://" not in asked:
-        asked = str(Path(asked).expanduser().resolve())
-    if asked.rstrip("/") != uri.rstrip("/"):
+    if absolute(asked) != absolute(uri):
         raise RunError(
             f"--into-source adds the embedding to the SOMA experiment that the run {run.path} has read, {uri}, but "
             f"{out} was named. Name that one, or leave --into-source out."
         )
     remedy = f"Integrate it again, or take the embedding from {run.path / 'embedding.zarr'} (anndata.read_zarr)."
     try:
-        store = open_configured(uri, run.config.data)
+        store = open_recorded(recorded, run.config.data)
     except StoreError as error:
         raise RunError(f"{uri} cannot be opened as the run {run.path} read it: {error} {remedy}") from error
     if not isinstance(store, SomaStore):
@@ -121,7 +129,7 @@ def _write_errors(soma: Any, uri: str) -> Iterator[None]:
         yield
     except (soma.SOMAError, OSError, RuntimeError) as error:
         raise RunError(
-            f"{uri} cannot be written: {brief(error)}. What was written is not part of the experiment. You need the "
+            f"{uri} cannot be written: {brief(error)}. Its obsm arrays are as they were. You need the "
             "right to write there (data.tiledb holds the keys of a remote one); or export to an .h5ad or .zarr file."
         ) from error
 
@@ -129,15 +137,6 @@ def _write_errors(soma: Any, uri: str) -> Iterator[None]:
 def _measurement(experiment: Any, name: str) -> tuple[str, bool]:
     measurement = experiment.ms[name]
     return measurement.uri, "obsm" in measurement
-
-
-def _unused_stamp(old: dict[str, str], obsm_uri: str) -> int:
-    """Return a number that no array of ours has: one more than the largest."""
-    there = [int(end) for uri in old.values() if (end := uri.rstrip("/").rpartition("_")[2]).isdigit()]
-    folder = Path(obsm_uri.removeprefix("file://"))
-    if folder.is_dir():  # also what an interrupted export has left
-        there += [int(end) for path in folder.iterdir() if (end := path.name.rpartition("_")[2]).isdigit()]
-    return max(there, default=0) + 1
 
 
 def _write(soma: Any, uri: str, context: Any, store: SomaStore, z_nd: Any, notes: str, stage: Stage) -> None:
@@ -162,16 +161,41 @@ def _write(soma: Any, uri: str, context: Any, store: SomaStore, z_nd: Any, notes
 
 
 def _replace(soma: Any, obsm_uri: str, context: Any, old: dict[str, str], made: dict[str, str]) -> None:
-    """Let the names of obsm stand for the new arrays, then remove the old ones where they are local and ours."""
-    if old:
-        with soma.Collection.open(obsm_uri, "d", context=context) as obsm:
-            for name in old:
-                del obsm[name]
+    """Let the names of obsm stand for the new arrays alone, in one write of the group.
+
+    ``Collection.set`` refuses a name that is there, and to delete it before is a write of its own; TileDB takes both
+    in one (TileDB pull request 3928), so its group is told directly.
+    """
     with soma.Collection.open(obsm_uri, "w", context=context) as obsm:
+        if not old:
+            for name, uri in made.items():
+                with soma.SparseNDArray.open(uri, "r", context=context) as array:
+                    obsm.set(name, array)
+            return
+        try:
+            remove, add, kinds = obsm._handle.remove, obsm._handle.add, soma.pytiledbsoma.URIType
+        except AttributeError as error:
+            raise RunError(
+                f"tiledbsoma {soma.__version__} cannot replace obsm {', '.join(sorted(old))} in one step; they are as "
+                "they were. Install tiledbsoma 2.3 (pip install -U tiledbsoma), or delete them before the export."
+            ) from error
+        whole = obsm_uri.startswith("tiledb://")  # where members have no relative addresses
+        kind = kinds.absolute if whole else kinds.relative
+        for name in old:
+            remove(name)
         for name, uri in made.items():
-            with soma.SparseNDArray.open(uri, "r", context=context) as array:
-                obsm.set(name, array)
-    for name, uri in old.items():
-        folder = Path(uri.removeprefix("file://"))
-        if folder.is_dir() and folder.name.removeprefix(f"{name}_").isdigit():
-            shutil.rmtree(folder)
+            address = uri if whole else uri.rpartition("/")[2]
+            add(uri=address, uri_type=kind, name=name, soma_type="SOMASparseNDArray")
+
+
+def _remove_unused(soma: Any, obsm_uri: str, context: Any, uris: Iterable[str]) -> list[str]:
+    """Remove arrays on this disk that are not in obsm; return those that could not be."""
+    folders = [folder for uri in uris if (folder := Path(uri.removeprefix("file://"))).is_dir()]
+    if not folders:
+        return []
+    with soma.Collection.open(obsm_uri, "r", context=context) as obsm:
+        used = {uri.rstrip("/").rpartition("/")[2] for uri, _ in obsm.members().values()}
+    unused = [folder for folder in folders if folder.name not in used]
+    for folder in unused:
+        shutil.rmtree(folder, ignore_errors=True)
+    return [str(folder) for folder in unused if folder.exists()]

@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 import numpy as np
 from scipy import sparse
 
-from schelix_scale.budget import BYTES_PER_CELL, GRAPH_BYTES_PER_NEIGHBOR, require_memory
+from schelix_scale.budget import (
+    BYTES_PER_CELL,
+    GRAPH_BYTES_PER_NEIGHBOR,
+    require_memory,
+    step_cells,
+    stream_memory,
+)
 from schelix_scale.config import Config, memory_budget
 from schelix_scale.errors import ConfigError, DataError
 from schelix_scale.features.onepass import BYTES_PER_VALUE as PASS_BYTES_PER_VALUE
@@ -22,17 +28,17 @@ from schelix_scale.genes.sketch import BYTES_PER_VALUE as SKETCH_BYTES_PER_VALUE
 from schelix_scale.genes.sketch import SKETCH_SHARE, allocate, sketch_size, swept_cells
 from schelix_scale.provenance import available_cores
 from schelix_scale.publish import size_of
+from schelix_scale.requirements import requirements, with_batch_key
 from schelix_scale.stores import CellStore, Source, open_configured
 from schelix_scale.stores.batches import (
     BETWEEN,
+    Batches,
     batch_columns,
     default_batch_key,
     likely_batch_columns,
-    read_batches,
 )
 from schelix_scale.stores.checks import check_block, check_names
 from schelix_scale.stores.joined import JoinedStore, addresses_of
-from schelix_scale.stores.known_labels import read_labels
 from schelix_scale.stores.values import ValueDecision, decide_values
 
 T = TypeVar("T")
@@ -40,7 +46,7 @@ T = TypeVar("T")
 SAMPLE_CELLS = 2_000
 MANY_BATCHES = 1_000
 
-# The cost model. Memory in bytes: libraries, then the largest of what the sketch, the pass and the graph hold.
+# The cost model. Memory in bytes: libraries, then the most that the sketch, the pass, the graph or training holds.
 BASE_BYTES = 700e6
 SKETCH_BYTES_PER_CELL = 4_000  # components, Harmony's soft clusters
 # Time in seconds, of one core unless said otherwise.
@@ -124,16 +130,22 @@ def inspect_source(source: Source, batch_key: str | None = None, config: Config 
     config = config or Config()
     store = open_configured(source, config.data)
     problems: list[str] = []
-    key = _batch_key(store, batch_key, config, problems)
+    wanted = batch_key or default_batch_key(store, config.data)
+    key = wanted if set(batch_columns(store, wanted)) <= set(store.obs_columns) else None
+    needless = key is None and batch_key is None and "batch_key" not in config.data.model_fields_set
+    config = with_batch_key(config, wanted)
     sizes = {} if key is None else _batch_sizes(store, key)
     _try(lambda: check_names(store), problems)
-    decision = _values(store, key, config, problems) if store.n_cells and len(store.gene_names) else None
+    decision = None
+    if store.n_cells:
+        found = {
+            name: _try(check, problems)
+            for name, check in requirements(store, config).items()
+            if not (needless and name == "batches")  # the absence of a key that nobody asked for is no problem
+        }
+        if len(store.gene_names):
+            decision = _values(store, found.get("batches"), config, problems)
     _try(lambda: require_memory(store, config), problems)
-    _try(lambda: store.obs(config.data.protect), problems)
-    _try(lambda: read_labels(store, config.data), problems)
-    if 0 < store.n_cells <= config.graph.k:
-        remedy = f"Lower it: --set graph.k={max(store.n_cells // 2, 2)}."
-        problems.append(f"{store.source} has {store.n_cells} cells, too few for graph.k = {config.graph.k}. {remedy}")
     memory, seconds = estimate_costs(store, config)
     paths = [Path(address).expanduser() for address in addresses_of(store)]
     return Inspection(
@@ -148,7 +160,7 @@ def inspect_source(source: Source, batch_key: str | None = None, config: Config 
         notes=(*(store.notes if isinstance(store, JoinedStore) else ()), *store.notices()),
         batch_key=key,
         batch_sizes=sizes,
-        likely_batch_columns=() if key else tuple(likely_batch_columns(store, batch_key or config.data.batch_key)),
+        likely_batch_columns=() if key else tuple(likely_batch_columns(store, wanted)),
         value_kind=decision.kind if decision else None,
         value_reason=decision.reason if decision else "",
         problems=tuple(problems),
@@ -168,11 +180,12 @@ def estimate_costs(store: CellStore, config: Config) -> tuple[int, float]:
         sketch * (per_cell * SKETCH_BYTES_PER_VALUE + SKETCH_BYTES_PER_CELL),
         min(cores * block, n) * per_cell * PASS_BYTES_PER_VALUE,
         n * graph.k * GRAPH_BYTES_PER_NEIGHBOR,
+        stream_memory(store, config),
     )
     exact = graph.method == "exact" or (graph.method == "auto" and n < graph.exact_below)
     search = n**2 * SECONDS_PER_PAIR if exact else n * graph.k * SECONDS_PER_NEIGHBOR
     train = config.train
-    size = min(train.batch_size, max(n // 8, 48))
+    size = step_cells(n, config)
     epoch = -(-n // size)
     steps = sum(min(phase, train.max_epochs * epoch) for phase in (train.align_steps, train.refine_steps))
     seconds = BASE_SECONDS + (swept_cells(store, config.sketch, sketch) + n) * per_cell * SECONDS_PER_VALUE / cores
@@ -184,15 +197,6 @@ def estimate_costs(store: CellStore, config: Config) -> tuple[int, float]:
     return int(memory), float(seconds)
 
 
-def _batch_key(store: CellStore, asked: str | None, config: Config, problems: list[str]) -> str | None:
-    """Return the batch key that is there; its absence is a problem only if somebody asked for it."""
-    key = asked or default_batch_key(store, config.data)
-    there = set(batch_columns(store, key)) <= set(store.obs_columns)
-    if there or asked or "batch_key" in config.data.model_fields_set:
-        _try(lambda: read_batches(store, key), problems)
-    return key if there else None
-
-
 def _batch_sizes(store: CellStore, key: str) -> dict[str, int]:
     """Return the cells of each batch; nothing for a column that is no batch key."""
     counts = store.obs(batch_columns(store, key)).astype(object).value_counts(dropna=False)
@@ -201,10 +205,9 @@ def _batch_sizes(store: CellStore, key: str) -> dict[str, int]:
     return {BETWEEN.join(map(str, values)): int(count) for values, count in counts.items()}
 
 
-def _values(store: CellStore, key: str | None, config: Config, problems: list[str]) -> ValueDecision | None:
+def _values(store: CellStore, batches: Batches | None, config: Config, problems: list[str]) -> ValueDecision | None:
     """Check a sample of cells of all batches and decide what their values are."""
     codes, names = np.zeros(store.n_cells, np.int32), ["all"]
-    batches = None if key is None else _try(lambda: read_batches(store, key), [])
     if batches is not None:
         codes, names = batches.codes, batches.names
     rng = np.random.default_rng(config.seed)

@@ -94,6 +94,14 @@ def print_demo(result: DemoResult) -> None:
         )
 
 
+def print_lines(lines: Mapping[str, str]) -> None:
+    """Print labels and their texts, a line each; those without text are left out."""
+    console = _console()
+    for label, text in lines.items():
+        if text:
+            _line(console, label, text)
+
+
 def print_json(content: Mapping[str, Any]) -> None:
     """Print indented JSON."""
     sys.stdout.write(json.dumps(content, indent=2) + "\n")

@@ -47,6 +47,7 @@ class RunDirectory:
     def claim(cls, path: str | Path, config: Config, source: Mapping[str, Any], overwrite: bool = False) -> Self:
         """Start a run in ``path``, or resume the one that is there with the same settings and cells.
 
+        The same cells may be described otherwise, as at another path: the run then says where they are now.
         A run of other settings in which no stage was finished is started anew: nothing of it would be lost.
 
         Parameters
@@ -83,6 +84,7 @@ class RunDirectory:
                     refuse_other(root, there, config, source)
             header = {"format": FORMAT, "schelix_version": __version__, "config": config, "source": dict(source)}
             files.write_json(root / "run.json", header)
+            _tell_manifest(root, source)
         except BaseException:
             lock.release()
             raise
@@ -111,6 +113,13 @@ class RunDirectory:
                 f"{__version__} ({error}). Install that version, or integrate again with --overwrite."
             ) from error
         return cls(root, config, header["source"], DirectoryLock(root) if writable else None)
+
+    def configure(self, config: Config) -> None:
+        """Go on with other settings; stages whose inputs they change are done again."""
+        self._writable()
+        header = {"format": FORMAT, "schelix_version": __version__, "config": config, "source": self.source}
+        files.write_json(self.path / "run.json", header)
+        self.config = config
 
     def close(self) -> None:
         """Release the lock, so that another process may fill the run."""
@@ -273,6 +282,13 @@ class RunDirectory:
     def _writable(self) -> None:
         if self._lock is None:
             raise RunError(f"the run {self.path} is open for reading. Open it with claim, or with writable=True.")
+
+
+def _tell_manifest(root: Path, source: Mapping[str, Any]) -> None:
+    """Write the description of the cells into the manifest of a finished run if it has another one."""
+    path, described = root / "manifest.json", json.loads(json.dumps(source, default=files.jsonable))
+    if path.exists() and (manifest := read_json(path)).get("source") != described:
+        files.write_json(path, {**manifest, "source": described})
 
 
 def _expanded(path: str | Path) -> Path:

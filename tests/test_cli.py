@@ -25,7 +25,7 @@ from schelix_scale.run import Run
 
 PYTHON = [sys.executable, "-m", "schelix_scale"]
 FAST = ["genes.n_hvg=100", "graph.k=10", "train.align_steps=20", "train.refine_steps=20", "train.evaluate_every=10"]
-VERBS = ["integrate", "inspect", "verify", "export", "demo"]
+VERBS = ["integrate", "prepare", "graph", "train", "embed", "inspect", "verify", "export", "demo"]
 
 
 def cells(n: int = 240, g: int = 120, seed: int = 0) -> ad.AnnData:

@@ -128,7 +128,7 @@ def test_mapping_may_hold_tuples_and_null() -> None:
         (["graph.k=none"], r"graph\.k = None .* it should be a valid integer"),
         (["graph.k=12.5"], r"graph\.k = 12\.5 "),
         (["graph.k=true"], r"graph\.k = True "),
-        (["graph.method=fast"], r"graph\.method = 'fast' .*'auto', 'exact' or 'pynndescent'"),
+        (["graph.method=fast"], r"graph\.method = 'fast' .*'auto', 'exact', 'ivf' or 'pynndescent'"),
         (["graph.hops=0,x"], r"graph\.hops = 'x' .* it should be a valid integer"),
         (["strength=1.5"], r"strength = 1\.5 .* less than or equal to 1"),
         (["strength=-0.1"], r"strength = -0\.1 .* greater than or equal to 0"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 from scipy import sparse
 
 from schelix_scale.config import Config, DataConfig, GraphConfig, TrainConfig
-from schelix_scale.errors import StoreError
+from schelix_scale.errors import DataError, StoreError
 from schelix_scale.inspection import estimate_costs, inspect_source
+from schelix_scale.pipeline import integrate
+from schelix_scale.progress import QuietReporter
 from schelix_scale.stores import open_store
 
 
@@ -79,7 +82,7 @@ def test_all_problems_are_collected() -> None:
         "1 gene names that occur more than once",
         "1 of the 240 cells just read have no counts",
         "no obs column 'stage'",
-        "has 240 cells, too few for graph.k = 300. Lower it: --set graph.k=120",
+        "has 240 cells; graph.k = 300 neighbours need more. Lower it: --set graph.k=60",
     ):
         assert any(problem in message for message in found.problems), problem
     assert len(found.problems) == 5
@@ -107,6 +110,39 @@ def test_bad_values_are_a_problem_and_no_kind_is_decided(value: float, problem: 
 )
 def test_batches_that_cannot_be_used(batch: Any, problem: str) -> None:
     assert problem in inspect_source(cells(batch=batch)).problems[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "settings", "problem"),
+    [
+        ("batch", {"protect": ["stage"]}, "the protected columns stage have no value in 3 of 240 cells"),
+        ("stage", {"protect": ["stage"]}, "protect: 'stage' is the batch key"),
+        ("batch", {"obs_columns": ["batch", "aeg"]}, "has no obs column 'aeg' (data.obs_columns)"),
+        ("batch", {"obs_columns": ["schelix_row"]}, "obs columns schelix_row cannot be kept"),
+        ("a_b", {"obs_columns": ["a/b"]}, "obs columns a_b cannot be kept: they have the same name once"),
+        ("donor", {"label_key": "donor"}, "label_key: 'donor' is the batch key"),
+        ("donor", {"label_key": "batch"}, None),
+        ("batch", {"obs_columns": []}, None),
+    ],
+)
+def test_what_stops_a_run_is_a_problem_and_nothing_else(
+    tmp_path: Path, asked: str, settings: dict[str, Any], problem: str | None
+) -> None:
+    groups = np.arange(240) % 3
+    stage = np.where(groups > 0, "late", "early").astype(object)
+    if asked != "stage":
+        stage[:3] = None
+    adata = cells(stage=stage, donor=groups, schelix_row=0, a_b=groups, **{"a/b": groups})
+    config = Config.model_validate({"data": {"obs_columns": ["batch", "donor", "stage"], **settings}})
+    found = inspect_source(adata, asked, config)
+    if problem is None:
+        assert found.problems == ()
+        return
+    (message,) = found.problems
+    assert problem in message
+    with pytest.raises(DataError, match=re.escape(message)):
+        integrate(adata, batch_key=asked, out=tmp_path / "run", config=config, reporter=QuietReporter())
+    assert not (tmp_path / "run").exists(), "refused before anything is computed"
 
 
 def test_many_batches_are_not_listed() -> None:

@@ -25,21 +25,27 @@ LAYERS = [
     {"stores"},
     {"genes"},
     {"features"},
-    {"inspection", "budget"},
+    {"requirements"},
     {"graph"},
     {"model"},
     {"training"},
+    {"budget"},
+    {"inspection"},
     {"embedding", "export", "export_soma"},
-    {"mapping"},
     {"transfer"},
     {"metrics"},
     {"report"},
     {"context"},
+    {"recorded"},
     {"stages"},
+    {"mapping"},
+    {"extending"},
     {"pipeline"},
     {"demo"},
     {"output"},
     {"cli_options"},
+    {"cli_app"},
+    {"cli_run", "cli_map"},
     {"cli"},
     {"__main__"},
 ]
@@ -190,7 +196,7 @@ def test_public_names_load_when_used() -> None:
 def test_public_names_are_pinned() -> None:
     import schelix_scale
 
-    names = {"Config", "Run", "SchelixError", "__version__", "integrate", "load_config", "open_store"}
+    names = {"Config", "Reference", "Run", "SchelixError", "__version__", "continue_run", "extend", "integrate", "load_config", "map_cells", "open_store", "prepare"}
     assert set(schelix_scale.__all__) == names
     assert names <= set(dir(schelix_scale))
     with pytest.raises(AttributeError, match="has no attribute 'integrat'"):

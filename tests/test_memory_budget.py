@@ -25,6 +25,7 @@ from schelix_scale.stores import MemoryStore
 
 from .counting import CountingStore
 from .stores.truth import write_zarr
+from .test_pipeline import SMALL, make_adata
 
 CELLS, GENES, BATCHES = 27_000, 3_000, 4
 BUDGET = 100_000_000
@@ -100,6 +101,42 @@ def test_a_store_smaller_than_a_block_needs_no_more_than_its_cells() -> None:
     x_ng = sparse.csr_matrix(np.ones((40, 3), np.float32))
     need = max(least_needs(MemoryStore(ad.AnnData(x_ng, obs=batches(40))), Config(threads=1)), key=lambda n: n.memory)
     assert (need.stage, need.memory) == ("features", 40 * 4_000), "40 cells are less than a block"
+
+
+def test_streamed_training_needs_its_buffers() -> None:
+    store = MemoryStore(ad.AnnData(sparse.csr_matrix(np.ones((1_000, 20), np.float32)), obs=batches(1_000)))
+    stream = {"train": {"input": "stream", "batch_size": 500}, "threads": 1}
+    need = least_needs(store, Config.model_validate(stream))[-1]
+    assert (need.stage, need.memory) == ("train", 125 * 20 * 40), "an eighth of the cells, their values 40 bytes each"
+    for change in ({"train": {}}, {"strength": 0.0}, {"train": {**stream["train"], "enabled": False}}):
+        assert [need.stage for need in least_needs(store, Config.model_validate(stream | change))][-1] == "graph"
+
+
+def test_a_run_that_goes_on_needs_memory_for_what_is_left_only() -> None:
+    store = MemoryStore(ad.AnnData(sparse.csr_matrix(np.ones((1_000, 100), np.float32)), obs=batches(1_000)))
+    config = Config.model_validate({"max_memory": "4.5MB", "threads": 1})  # genes 5 MB, features less, graph 1.7
+    for first, due in (("genes", None), ("genes", {"genes", "features"})):
+        with pytest.raises(ConfigError, match="stage genes needs about 5MB"):
+            require_memory(store, config, first, due)
+    require_memory(store, config, "features")
+    tighter = config.model_copy(update={"max_memory": "1.5MB"})
+    for first in ("features", "graph"):
+        with pytest.raises(ConfigError, match="stage graph needs"):
+            require_memory(store, tighter, first)
+    require_memory(store, tighter, "train")
+    require_memory(store, tighter, "features", {"train", "embed"})
+
+
+def test_a_run_that_is_continued_with_too_little_memory_is_refused(tmp_path: Path) -> None:
+    settings = {**SMALL, "train.enabled": False, "reporter": QuietReporter()}
+    adata, out = make_adata(), tmp_path / "run"
+    integrate(adata, batch_key="batch", out=out, **settings)
+    assert integrate(adata, batch_key="batch", out=out, max_memory="200KB", **settings).path == out, "it is finished"
+    for name in ("manifest.json", "stages/graph.json"):
+        (out / name).unlink()
+    with pytest.raises(ConfigError, match=r"stage graph needs about 1MB .* neighbours of 360 cells"):
+        integrate(adata, batch_key="batch", out=out, max_memory="200KB", **settings)
+    integrate(adata, batch_key="batch", out=out, **settings)
 
 
 def batches(n: int) -> pd.DataFrame:

@@ -35,6 +35,19 @@ def test_the_same_run_is_resumed_whatever_the_memory(tmp_path: Path) -> None:
         assert (again.source, again.config.max_memory) == (moved, "3GB")
 
 
+def test_a_finished_run_says_where_its_cells_are_now(tmp_path: Path) -> None:
+    with RunDirectory.claim(tmp_path, Config(), SOURCE) as run:
+        fill(run)
+        run.finish_run({"cells": 3})
+    before = Run.open(tmp_path).manifest
+    moved = {**SOURCE, "uri": "elsewhere/cells.h5ad", "files": (Path("a"),)}
+    with RunDirectory.claim(tmp_path, Config(), moved):
+        pass
+    after = Run.open(tmp_path).manifest
+    assert after == {**before, "source": {**SOURCE, "uri": "elsewhere/cells.h5ad", "files": ["a"]}}
+    assert Run.open(tmp_path).verify() == []
+
+
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     with RunDirectory.claim(tmp_path, load_config(overrides=["graph.k=30"]), SOURCE) as run:
         fill(run)

@@ -203,6 +203,10 @@ def test_light_exports_and_what_is_refused(experiment: Path, file_run: Run, tmp_
         np.testing.assert_array_equal(found.obsm["X_schelix"], result.embedding)
         assert list(found.obs_names) == list(open_store(experiment).cell_names)
         assert json.loads(found.uns["schelix"]["source_facts"])["uri"] == str(experiment)
+    experiment.rename(tmp_path / "away.soma")
+    found = ad.read_h5ad(export_run(result, tmp_path / "out.h5ad", overwrite=True))
+    np.testing.assert_array_equal(found.obsm["X_schelix"], result.embedding)
+    (tmp_path / "away.soma").rename(experiment)
     with pytest.raises(RunError, match=r"is \(in\) the SOMA experiment.*--into-source"):
         export_run(result, experiment, overwrite=True)
     with pytest.raises(RunError, match=r"but .*elsewhere was named"):

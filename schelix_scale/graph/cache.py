@@ -1,13 +1,15 @@
 """Versions of the stop-gradient cache on disk: ``graph/<operator id>/`` and ``diffused/<operator id>/``.
 
 Features come in, an operator with its audit and diffused features go out, published atomically under an id that
-hashes everything they were made from. What is there under an id is complete and is used again.
+hashes everything they were made from. What is there under an id is complete and is used again, also by other runs if
+they share a directory of operators (`graph.shared`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,20 +18,29 @@ from typing import Any
 import numpy as np
 
 from schelix_scale.config import GraphConfig
-from schelix_scale.graph.audit import Audit, audit_recall, require_recall
+from schelix_scale.graph.audit import Audit
+from schelix_scale.graph.build import INDEX, Begin, build_neighbors
 from schelix_scale.graph.diffusion import diffuse
-from schelix_scale.graph.knn import Neighbors, choose_method, find_neighbors
+from schelix_scale.graph.knn import Neighbors
 from schelix_scale.graph.operator import Operator, build_operator
 from schelix_scale.graph.search import SearchProcess
-from schelix_scale.publish import publish, write_json
+from schelix_scale.progress import Reporter
+from schelix_scale.publish import publish, remove, write_json
 
 STREAMS = ("anchor", "variant")
+LIBRARIES = {"exact": ("scikit-learn",), "ivf": ("numpy", "scikit-learn")}
+SEARCH = 3  # raised when searches find something else
+BUILDING = ".building"
 
 
 def operator_id(inputs: Mapping[str, Any], method: str) -> str:
-    """Name an operator by what it is made from: ``inputs`` (with the threads, which change it) and the library."""
-    library = "pynndescent" if method == "pynndescent" else "scikit-learn"
-    content = {**inputs, "method": method, "library": f"{library} {version(library)}"}
+    """Name an operator by what it is made from: ``inputs``, the method, and the libraries that do the work.
+
+    The threads belong to the inputs of pynndescent, which finds other neighbours with another number of them.
+    """
+    names = LIBRARIES.get(method, ("pynndescent", "numpy", "scikit-learn"))
+    libraries = {name: version(name) for name in names}
+    content = {**inputs, "method": method, "search": SEARCH, "libraries": libraries}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -49,12 +60,24 @@ class OperatorCache:
         Neighbours, kernel, hops.
     theta
         Strength of the batch reweighting; 0 in a single-stream run.
+    budget
+        Bytes of memory that a search may use.
+    scheduler
+        A dask.distributed cluster for the search; else threads.
     """
 
     def __init__(
-        self, root: Path, features: Mapping[str, np.ndarray], batch_n: np.ndarray, config: GraphConfig, theta: float
+        self,
+        root: Path,
+        features: Mapping[str, np.ndarray],
+        batch_n: np.ndarray,
+        config: GraphConfig,
+        theta: float,
+        budget: int = 2**40,
+        scheduler: str | None = None,
     ) -> None:
         self.root, self.features, self.batch_n, self.config, self.theta = root, features, batch_n, config, theta
+        self.budget, self.scheduler = budget, scheduler
 
     def artifacts(self, name: str) -> list[str]:
         """Paths in the run of what is published under an operator id."""
@@ -69,45 +92,62 @@ class OperatorCache:
         features_nd: np.ndarray,
         seed: int,
         threads: int,
-        advance: Callable[[int], None] = lambda _: None,
+        name: str = "search",
+        reporter: Reporter | None = None,
         search: SearchProcess | None = None,
+        start: Begin | None = None,
     ) -> tuple[Neighbors, Audit]:
-        """Search and audit neighbours of (n, d) features, in the process ``search`` if there is one.
+        """Search and audit neighbours of (n, d) features; see `build.build_neighbors`.
+
+        What is found lies in ``graph/<name>.building`` until the operator ``name`` is published or discarded.
 
         Raises
         ------
         GraphError
             Too few cells, or a recall below ``graph.min_recall``.
         """
-        method = choose_method(len(features_nd), self.config)
-        if search is not None and isinstance(features_nd, np.memmap):
-            neighbors = search.find(features_nd, seed, self.root)
-            advance(len(features_nd))
-        else:
-            neighbors = find_neighbors(features_nd, self.config.k, method, seed, threads, advance)
-        audit = audit_recall(features_nd, neighbors, self.config.audit_cells, seed)
-        require_recall(audit, self.config.min_recall)
-        return neighbors, audit
+        return build_neighbors(
+            features_nd,
+            self._building(name),
+            self.config,
+            seed,
+            threads,
+            self.budget,
+            reporter,
+            self.scheduler,
+            search,
+            start,
+        )
 
     def operator(self, neighbors: Neighbors) -> Operator:
-        """Weigh neighbours into an operator with this run's kernel and batches."""
-        return build_operator(neighbors, self.batch_n, self.theta, self.config.kernel_neighbor)
+        """Weigh neighbours into an operator with this run's kernel and batches, beside them if they are on disk."""
+        path = getattr(neighbors.indices_nk, "filename", None)
+        folder = None if path is None else Path(path).parent
+        return build_operator(neighbors, self.batch_n, self.theta, self.config.kernel_neighbor, folder)
+
+    def discard(self, name: str) -> None:
+        """Remove what `find` left."""
+        remove(self._building(name))
 
     def publish(
         self, name: str, operator: Operator, audit: Audit, advance: Callable[[int], None] = lambda _: None
     ) -> None:
-        """Write the operator, its audit, and the features it diffuses."""
+        """Write the operator, its audit and index, and the features it diffuses."""
         graph, diffused = (self.root / path for path in self.artifacts(name))
+        index = self._building(name) / INDEX
         with publish(graph) as partial:
             partial.mkdir()
             np.save(partial / "indices.npy", operator.indices_nk)
             np.save(partial / "weights.npy", operator.weights_nk)
+            if index.is_dir():
+                shutil.copytree(index, partial / INDEX)
             write_json(partial / "audit.json", audit.to_dict())
         with publish(diffused) as partial:
             partial.mkdir()
             for stream in STREAMS:
                 target = partial / f"{stream}.npy"
                 diffuse(operator, self.features[stream], self.config.hops, self.config.restart, target, advance)
+        self.discard(name)
 
     def open(self, name: str) -> tuple[Operator, np.ndarray, np.ndarray]:
         """Memory-map the operator and the diffused (n, T, a) and (n, T, v) features of an id."""
@@ -122,3 +162,6 @@ class OperatorCache:
     def work(self) -> int:
         """Cells that `publish` advances by in all."""
         return int(len(STREAMS) * max(self.config.hops) * len(self.batch_n))
+
+    def _building(self, name: str) -> Path:
+        return self.root / "graph" / f"{name}{BUILDING}"

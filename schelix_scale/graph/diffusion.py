@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from schelix_scale.graph.operator import Operator, row_blocks
+from schelix_scale.graph.operator import Operator
+from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.publish import create_array
 
 

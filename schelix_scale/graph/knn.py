@@ -9,6 +9,7 @@ import numpy as np
 
 from schelix_scale.config import GraphConfig
 from schelix_scale.errors import GraphError
+from schelix_scale.graph.vectors import unit_rows
 
 QUERY_CELLS = 2_000
 COMPILE_CELLS = 3_000
@@ -27,7 +28,7 @@ class Neighbors:
     distances_nk
         (n, k) cosine distances (1 - cosine similarity), float32.
     method
-        ``exact`` or ``pynndescent``.
+        ``exact``, ``ivf`` or ``pynndescent``.
     """
 
     indices_nk: np.ndarray
@@ -35,18 +36,25 @@ class Neighbors:
     method: str
 
 
-def unit_rows(features_nd: np.ndarray) -> np.ndarray:
-    """Scale rows to norm 1 (float32 copy); rows of zeros stay zero."""
-    features_nd = np.asarray(features_nd, dtype=np.float32)
-    norms = np.linalg.norm(features_nd, axis=1, keepdims=True)
-    return np.asarray(features_nd / np.maximum(norms, 1e-12))
-
-
 def choose_method(n_cells: int, config: GraphConfig) -> str:
     """Return the search that ``method=auto`` stands for at this number of cells."""
     if config.method != "auto":
         return config.method
-    return "exact" if n_cells < config.exact_below else "pynndescent"
+    return "exact" if n_cells < config.exact_below else "ivf"
+
+
+def require_cells(n_cells: int, k: int) -> None:
+    """Raise if there are not k other cells.
+
+    Raises
+    ------
+    GraphError
+        With what to change.
+    """
+    if k >= n_cells:
+        raise GraphError(
+            f"k = {k} neighbours need more than {k} cells, got {n_cells}. Lower graph.k (--set graph.k={n_cells // 2})."
+        )
 
 
 def find_neighbors(
@@ -72,10 +80,7 @@ def find_neighbors(
         There are no k other cells.
     """
     n = len(features_nd)
-    if k >= n:
-        raise GraphError(
-            f"k = {k} neighbours need more than {k} cells, got {n}. Lower graph.k (--set graph.k={n // 2})."
-        )
+    require_cells(n, k)
     unit = unit_rows(features_nd)
     if method == "exact":
         parts = []

@@ -6,15 +6,16 @@ it lives on disk as numbers, so no gradient can reach it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy import sparse
 
 from schelix_scale.graph.knn import Neighbors
+from schelix_scale.graph.vectors import cell_dtype, forget, row_blocks
+from schelix_scale.publish import create_array
 
-BLOCK_CELLS = 20_000
 SHARE_VALUES = 4_000_000
 TINY = 1e-8
 
@@ -66,7 +67,9 @@ class Operator:
         return np.stack(way)
 
 
-def build_operator(neighbors: Neighbors, batch_n: np.ndarray, theta: float, kernel_neighbor: int) -> Operator:
+def build_operator(
+    neighbors: Neighbors, batch_n: np.ndarray, theta: float, kernel_neighbor: int, folder: Path | None = None
+) -> Operator:
     """Weigh neighbours by a self-tuned kernel and by how rare their batch is among them.
 
     w_ij = exp(-d_ij^2 / (sigma_i sigma_j)) / share(b_j in the neighbourhood of i)^theta, rows normalised to 1,
@@ -78,10 +81,12 @@ def build_operator(neighbors: Neighbors, batch_n: np.ndarray, theta: float, kern
         (n,) batch codes.
     theta
         0 ignores batches; 1 gives every batch in a neighbourhood the same mass, up to the kernel.
+    folder
+        Where the weights are written, as a memory map; in memory if None.
     """
     n, k = neighbors.indices_nk.shape
     sigma = np.maximum(neighbors.distances_nk[:, min(kernel_neighbor, k) - 1], TINY)
-    weights = np.empty((n, k), np.float32)
+    weights = _weights_in(folder, n, k)
     for start, stop in row_blocks(n):
         columns = neighbors.indices_nk[start:stop]
         squared = neighbors.distances_nk[start:stop].astype(np.float64) ** 2
@@ -90,8 +95,12 @@ def build_operator(neighbors: Neighbors, batch_n: np.ndarray, theta: float, kern
             kernel /= _batch_share(batch_n[columns]) ** theta
         kernel = np.maximum(kernel, TINY)
         weights[start:stop] = kernel / kernel.sum(axis=1, keepdims=True)
-    dtype = np.int32 if n < 2**31 else np.int64
-    return Operator(neighbors.indices_nk.astype(dtype), weights)
+        forget(weights, neighbors.indices_nk, neighbors.distances_nk)
+    return Operator(neighbors.indices_nk.astype(cell_dtype(n), copy=False), weights)
+
+
+def _weights_in(folder: Path | None, n: int, k: int) -> np.ndarray:
+    return np.empty((n, k), np.float32) if folder is None else create_array(folder / "weights.npy", (n, k), np.float32)
 
 
 def _batch_share(batch_mk: np.ndarray) -> np.ndarray:
@@ -110,21 +119,18 @@ def blend(old: Operator, new: Operator, weight: float) -> Operator:
     indices = np.empty_like(new.indices_nk)
     weights = np.empty((n, k), np.float32)
     for start, stop in row_blocks(n):
-        mixed = (1 - weight) * old.block(start, stop) + weight * new.block(start, stop)
-        mixed = mixed.tocsr()
-        for row in range(stop - start):
-            span = slice(mixed.indptr[row], mixed.indptr[row + 1])
-            values = mixed.data[span]
-            top = np.sort(np.argpartition(-values, k - 1)[:k])
-            indices[start + row] = mixed.indices[span][top]
-            weights[start + row] = values[top] / values[top].sum()
+        numbers = np.hstack([old.indices_nk[start:stop], new.indices_nk[start:stop]])
+        mass = np.hstack([(1 - weight) * old.weights_nk[start:stop], weight * new.weights_nk[start:stop]])
+        order = np.argsort(numbers, axis=1, kind="stable")
+        numbers, mass = (np.take_along_axis(values, order, axis=1) for values in (numbers, mass))
+        twice = numbers[:, 1:] == numbers[:, :-1]
+        mass[:, 1:] += np.where(twice, mass[:, :-1], 0)
+        mass[:, :-1][twice] = -1  # its mass is counted with the same number beside it
+        top = np.sort(np.argsort(-mass, axis=1, kind="stable")[:, :k], axis=1)
+        chosen = np.take_along_axis(mass, top, axis=1)
+        indices[start:stop] = np.take_along_axis(numbers, top, axis=1)
+        weights[start:stop] = chosen / chosen.sum(axis=1, keepdims=True)
     return Operator(indices, weights)
-
-
-def row_blocks(n_rows: int, block: int = BLOCK_CELLS) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of consecutive blocks that cover n_rows."""
-    for start in range(0, n_rows, block):
-        yield start, min(start + block, n_rows)
 
 
 def jaccard(a: Operator, b: Operator, rows: np.ndarray) -> float:

@@ -14,29 +14,24 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 import numpy as np
 
-from schelix_scale.compute import keep_memory_low
-from schelix_scale.config import GraphConfig
+from schelix_scale.compute import keep_memory_low, release_memory
 from schelix_scale.errors import GraphError
-from schelix_scale.graph.knn import Neighbors, approximate_neighbors, choose_method, compile_search, unit_rows
+from schelix_scale.graph.knn import Neighbors, approximate_neighbors, compile_search
+from schelix_scale.graph.vectors import unit_rows
 
-FROM_CELLS = 20_000  # below, compiling in this process costs less than a process of its own
 METHOD = "pynndescent"
 PR_SET_PDEATHSIG = 1
 
 
-def worth_a_process(n_cells: int, config: GraphConfig) -> bool:
-    """Whether the search among ``n_cells`` takes long enough for a process of its own."""
-    return choose_method(n_cells, config) == METHOD and n_cells >= FROM_CELLS
-
-
 class SearchProcess:
-    """A process that is ready to find approximate neighbours once; a context manager that ends it.
+    """A process that is ready to find approximate neighbours; a context manager that ends it.
 
     Parameters
     ----------
@@ -59,30 +54,39 @@ class SearchProcess:
             process_group=0,  # Ctrl-C goes to the parent alone, which ends this process
         )
 
-    def find(self, features_nd: np.memmap, seed: int, scratch: Path) -> Neighbors:
+    def find(self, features: Path, seed: int, scratch: Path, rows: np.ndarray | None = None) -> Neighbors:
         """Find the neighbours of features in a file, as `graph.knn.find_neighbors` does with the method pynndescent.
 
         Parameters
         ----------
-        features_nd
-            (n, d) memory map of an .npy file.
+        features
+            An .npy file, (n, d).
         seed
             Seed of the search.
         scratch
             A directory for the result while it is handed over.
+        rows
+            The rows among which neighbours are searched, numbered as they stand there; all by default.
 
         Raises
         ------
         GraphError
             The process failed; the message has the end of what it wrote.
         """
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
         with tempfile.TemporaryDirectory(prefix="search-", suffix=".partial", dir=scratch) as folder:
-            task = {"features": str(features_nd.filename), "seed": seed, "out": folder}
+            task = {"features": str(features), "seed": seed, "out": folder, "rows": rows is not None}
+            if rows is not None:
+                np.save(Path(folder) / "rows.npy", rows)
             try:
-                answer, _ = self._process.communicate(json.dumps(task) + "\n")
+                print(json.dumps(task), file=stdin, flush=True)
+                answer = stdout.readline()
             except BrokenPipeError:
                 answer = ""
-            if self._process.wait() != 0 or answer.strip() != "done":
+            if answer.strip() != "done":
+                self._process.wait()
                 raise GraphError(f"the neighbour search failed: {self._complaint()}")
             indices, distances = (np.load(Path(folder) / f"{name}.npy") for name in ("indices", "distances"))
         return Neighbors(indices, distances, METHOD)
@@ -107,31 +111,34 @@ class SearchProcess:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._log):
             if stream is not None:
-                stream.close()
+                with suppress(BrokenPipeError):  # of a task that it never read
+                    stream.close()
 
 
 def main(arguments: list[str]) -> None:
-    """Compile, wait for one task on standard input, do it, and say so. Ends when the parent does."""
+    """Compile, wait for tasks on standard input, do each and say so. Ends when the input does, or the parent."""
     keep_memory_low()
     if sys.platform == "linux":  # whatever this is doing; elsewhere it ends after its search
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     k, dims, threads = map(int, arguments)
     compiling = threading.Thread(target=compile_search, args=(dims, k, threads), daemon=True)
     compiling.start()
-    line = sys.stdin.readline()  # at once, so that the end of the parent is noticed while this compiles
-    if not line:
-        os._exit(0)  # the thread that compiles cannot be stopped otherwise
-    task = json.loads(line)
-    try:
-        unit = unit_rows(np.load(task["features"], mmap_mode="r"))
-    except (OSError, ValueError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(1)
-    compiling.join()
-    indices, distances = approximate_neighbors(unit, k, task["seed"], threads)
-    for name, values in (("indices", indices), ("distances", distances)):
-        np.save(Path(task["out"]) / f"{name}.npy", values)
-    print("done")
+    while line := sys.stdin.readline():  # at once, so that the end of the parent is noticed while this compiles
+        task = json.loads(line)
+        try:
+            features = np.load(task["features"], mmap_mode="r")
+            unit = unit_rows(features[np.load(Path(task["out"]) / "rows.npy")] if task["rows"] else features)
+        except (OSError, ValueError) as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        compiling.join()
+        indices, distances = approximate_neighbors(unit, k, task["seed"], threads)
+        for name, values in (("indices", indices), ("distances", distances)):
+            np.save(Path(task["out"]) / f"{name}.npy", values)
+        del unit, indices, distances
+        release_memory()
+        print("done", flush=True)
+    os._exit(0)  # the thread that compiles cannot be stopped otherwise
 
 
 if __name__ == "__main__":

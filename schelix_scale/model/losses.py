@@ -10,26 +10,46 @@ SAME_BATCH_WEIGHT = 2.0
 
 
 def contrast(
-    query_md: Tensor, target_md: Tensor, query_batch_m: Tensor, target_batch_m: Tensor, temperature: float
+    query_md: Tensor,
+    target_nd: Tensor,
+    query_batch_m: Tensor,
+    target_batch_n: Tensor,
+    temperature: float,
+    first: int = 0,
 ) -> Tensor:
     """InfoNCE (van den Oord et al. 2018) of each query against its own target, the others are negatives.
 
     Negatives of the query's own batch weigh twice: to tell them apart needs biology, while to tell apart
     cells of two batches their batch would do.
+
+    Parameters
+    ----------
+    query_md, target_nd
+        Queries (m, d) and the targets of a whole step (n, d): those of ranks beside this one are negatives as well.
+    first
+        Where the targets of these queries begin; target ``first + i`` is that of query i.
+
+    Returns
+    -------
+    The sum over queries, divided by n: the terms of all ranks add up to the mean.
     """
-    logits = normalize(query_md, dim=1) @ normalize(target_md, dim=1).T / temperature
-    same = query_batch_m[:, None] == target_batch_m[None, :]
-    same.fill_diagonal_(False)
+    logits = normalize(query_md, dim=1) @ normalize(target_nd, dim=1).T / temperature
+    own = torch.arange(first, first + len(logits), device=logits.device)
+    same = query_batch_m[:, None] == target_batch_n[None, :]
+    same[own - first, own] = False
     logits = logits + same * torch.log(torch.tensor(SAME_BATCH_WEIGHT, device=logits.device))
-    return cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+    return cross_entropy(logits, own, reduction="sum") / len(target_nd)
 
 
-def pull_together(fused_md: Tensor, backbone_md: Tensor, far_md: Tensor, pull: float) -> Tensor:
+def pull_together(
+    fused_md: Tensor, backbone_md: Tensor, far_md: Tensor, pull: float, total: int | None = None
+) -> Tensor:
     """Mean of (1 - pull) |z - B|^2 + pull |z - B_far|^2, B_far the backbone of a cell at the end of a long walk.
 
     The walk's end is random, so that the best latent is (1 - pull) B + pull P^reach B: a deep diffusion that never is
-    computed, learned from as many walks as there are training steps, whatever the number of cells.
+    computed, learned from as many walks as there are training steps, whatever the number of cells. Of the m cells that
+    a rank has of a step of ``total``, the sum is divided by ``total``.
     """
     near = (fused_md - backbone_md).square().sum(dim=1)
     far = (fused_md - far_md).square().sum(dim=1)
-    return ((1 - pull) * near + pull * far).mean()
+    return ((1 - pull) * near + pull * far).sum() / (len(fused_md) if total is None else total)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from schelix_scale.budget import require_memory
 from schelix_scale.context import BATCH, ROW, Context
 from schelix_scale.errors import DataError
 from schelix_scale.run import RunDirectory
@@ -33,7 +32,6 @@ def find_genes(context: Context, directory: RunDirectory) -> None:
     inputs |= {"scale_power": config.features.scale_power, "sketch_cells": context.sketch_cells}
 
     def make(_: str) -> tuple[list[str], dict[str, Any]]:
-        require_memory(context.store, config)
         if config.scheduler is not None:
             with connected(config.scheduler):  # a cluster that is not there is better noticed now than after the sketch
                 pass

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from schelix_scale.context import Context
-from schelix_scale.records import recorded_stages
+from schelix_scale.publish import remove
+from schelix_scale.records import read_json, recorded_stages
 from schelix_scale.run import RunDirectory
 from schelix_scale.stages.features import FEATURES, VARIANT
 
@@ -21,37 +24,63 @@ if TYPE_CHECKING:
 
 def build_graph(context: Context, directory: RunDirectory) -> None:
     """Write the audited operator of the corrected Anchors and what it diffuses, under the operator's id."""
-    from schelix_scale.graph.cache import operator_id
     from schelix_scale.graph.knn import choose_method
 
-    config = graph_settings(context.config)
+    config, reporter = graph_settings(context.config), context.reporter
+    method = choose_method(len(context.batches.codes), config)
 
-    def make(fingerprint: str) -> tuple[list[str], dict[str, Any]]:
+    def make(_: str) -> tuple[list[str], dict[str, Any]]:
+        from schelix_scale.graph.cache import BUILDING, operator_id
+        from schelix_scale.graph.shared import SharedOperators
+
         cache = open_cache(context, directory)
-        method = choose_method(context.store.n_cells, config)
-        name = operator_id({"stage": fingerprint, "threads": context.threads}, method)
-        with context.reporter.stage(f"neighbours ({method})", context.store.n_cells) as progress:
-            neighbors, audit = cache.find(
-                cache.features["anchor"], context.config.seed, context.threads, progress.advance, context.search
-            )
-        context.reporter.say(f"neighbour recall {audit.recall:.3f} (95 % CI {audit.low:.3f}-{audit.high:.3f})")
-        with context.reporter.stage("diffusion", cache.work) as progress:
-            cache.publish(name, cache.operator(neighbors), audit, progress.advance)
-        return cache.artifacts(name), {"operator_id": name, "audit": audit.to_dict()}
+        name = operator_id(inputs | {"content": _content(context, directory, cache)}, method)
+        paths = [directory.path / path for path in cache.artifacts(name)]
 
-    inputs = {"graph": config, "seed": context.config.seed}
-    if choose_method(context.store.n_cells, config) == "pynndescent":
+        def build() -> None:
+            for other in (directory.path / "graph").glob(f"*{BUILDING}"):
+                if other.name != f"{name}{BUILDING}":
+                    remove(other)
+            neighbors, audit = cache.find(
+                cache.features["anchor"], context.config.seed, context.threads, name, reporter, context.search
+            )
+            low, high = f"{audit.low:.3f}", f"{audit.high:.3f}"
+            reporter.say(f"neighbour recall {audit.recall:.3f} (95 % CI {low}-{high}, {audit.cells} cells)")
+            operator = cache.operator(neighbors)
+            with reporter.stage("diffusion", cache.work) as progress:
+                cache.publish(name, operator, audit, progress.advance)
+
+        if context.config.graph.cache_dir is None:
+            build()
+        else:
+            shared = SharedOperators(Path(context.config.graph.cache_dir).expanduser())
+            with shared.claimed(name, reporter):
+                if not shared.fetch(name, paths, reporter):
+                    build()
+                    shared.keep(name, paths)
+        return cache.artifacts(name), {"operator_id": name, "audit": read_json(paths[0] / "audit.json")}
+
+    inputs = {"graph": config.model_dump(mode="json", exclude={"cache_dir"}), "seed": context.config.seed}
+    if method == "pynndescent":
         inputs["threads"] = context.threads  # another number of them finds other neighbours
-    context.run_stage(directory, "graph", 2, inputs, ["features"], make)
+    context.run_stage(directory, "graph", 3, inputs, ["features"], make)
+
+
+def _content(context: Context, directory: RunDirectory, cache: OperatorCache) -> dict[str, Any]:
+    """Return hashes of what an operator and its diffused features are made from."""
+    sums = {artifact.path: artifact.sha256 for artifact in directory.record("features").artifacts}
+    files = [FEATURES["anchor_corrected"], *([VARIANT["variant"]] if VARIANT["variant"] in sums else [])]
+    batches = hashlib.sha256(cache.batch_n.astype(np.int64).tobytes()).hexdigest()
+    return {"features": [sums[file] for file in files], "batches": batches, "theta": cache.theta}
 
 
 @contextmanager
 def search_ahead(context: Context, directory: RunDirectory) -> Iterator[Context]:
-    """Give a context in which the search among many cells compiles already, in a process of its own, if it is due."""
-    from schelix_scale.graph.search import SearchProcess, worth_a_process
+    """Give a context in which pynndescent compiles already, in a process of its own, if it is due."""
+    from schelix_scale.graph.search import SearchProcess
 
     due = "graph" not in recorded_stages(directory.path)
-    if not due or not worth_a_process(context.store.n_cells, context.config.graph):
+    if not due or context.config.graph.method != "pynndescent":
         yield context
         return
     graph, features = context.config.graph, context.config.features
@@ -71,7 +100,8 @@ def open_cache(context: Context, directory: RunDirectory) -> OperatorCache:
     graph = graph_settings(context.config)
     features = {"anchor": anchor, "variant": variant}
     theta = 0.0 if details["single_stream"] else graph.theta
-    return OperatorCache(directory.path, features, context.batches.codes, graph, theta)
+    budget, scheduler = context.budget, context.config.scheduler
+    return OperatorCache(directory.path, features, context.batches.codes, graph, theta, budget, scheduler)
 
 
 def graph_settings(config: Config) -> GraphConfig:

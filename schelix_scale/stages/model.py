@@ -2,110 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from schelix_scale._version import __version__
+from schelix_scale.budget import STREAM_SHARE
 from schelix_scale.compute import resolve_device, torch_at_work
-from schelix_scale.context import BATCH, ROW, Context
+from schelix_scale.config import WATCHING
+from schelix_scale.context import BATCH, ROW, Context, Make
 from schelix_scale.run import RunDirectory
 from schelix_scale.stages.graph import open_cache
 
 if TYPE_CHECKING:
+    import torch
+
     from schelix_scale.config import Config, TrainConfig
+    from schelix_scale.graph.cache import OperatorCache
+    from schelix_scale.training.dist import Ranks
     from schelix_scale.training.expression import Expression
     from schelix_scale.training.loader import Shuffle
+    from schelix_scale.training.loop import Training
 
 SCALED = ("anchor_residual", "gate", "pull")
-STREAM_SHARE = 0.25  # of the memory budget, for expression on its way
 
 
 def train_model(context: Context, directory: RunDirectory) -> None:
     """Train the dual-stream model on the cached features: checkpoints/, and refreshed operators.
 
-    At strength 0 there is nothing to train, as when ``train.enabled`` is false.
+    At strength 0 there is nothing to train, as when ``train.enabled`` is false. All ranks train; the main one writes.
     """
-    import torch
-
     from schelix_scale.training.checkpoint import TrainState, checkpoint_name, clear_checkpoints, save_checkpoint
-    from schelix_scale.training.labels import Labels
-    from schelix_scale.training.loop import Training, build_model, train, weights
-    from schelix_scale.training.refresh import Refresh, open_features
+    from schelix_scale.training.dist import ALONE
+    from schelix_scale.training.loop import build_model, train, weights
+    from schelix_scale.training.refresh import open_features
 
-    config, settings = context.config, train_settings(context.config)
-    device = torch.device(resolve_device(config.device))
+    settings, ranks = train_settings(context.config), context.ranks or ALONE
     shuffle = _shuffle(context, settings)
 
     def make(fingerprint: str) -> tuple[list[str], dict[str, Any]]:
         cache = open_cache(context, directory)
         first = directory.record("graph").details["operator_id"]
         features, folder = open_features(cache, first), directory.path / "checkpoints"
+        device = ranks.device(resolve_device(context.config.device))
         if settings.enabled:
             if settings.refresh and not features.variant_ntv.shape[2]:
                 context.reporter.warn("train.refresh does nothing: a run without Variants has one phase, no between")
-            expression = _open_expression(context, directory, settings)
-            if expression is not None and context.store.row_access == "scan":
-                context.reporter.warn(
-                    f"{context.store.source} is stored by genes: to read its cells again and again is slow. Write X "
-                    'as a CSR matrix, or use train.input = "cache"'
-                )
-            seed, threads = config.seed, context.threads
-            refresh = Refresh(cache, settings, fingerprint, seed, threads, device, context.reporter, expression)
-            known = context.known_labels
-            labels = None if known is None else Labels.arrange(known.codes, context.batches.codes)
-            if known is not None:
-                context.reporter.say(
-                    f"labels of {known.known:,} of {context.store.n_cells:,} cells are known ({len(known.names)} types)"
-                )
-            training = Training(
-                settings,
-                config.seed,
-                device,
-                folder,
-                fingerprint,
-                refresh,
-                lambda name: open_features(cache, name),
-                labels,
-                expression,
-            )
+            training = _training(context, directory, settings, cache, device, fingerprint)
             model, features = train(training, features, context.reporter)
             last = checkpoint_name(len(training.phases(model)), 0)
         else:
-            start = weights(build_model(features, settings, config.seed))
-            clear_checkpoints(folder)
-            last = save_checkpoint(folder, TrainState(0, 0, first, 0.0, 0, start, start, None), fingerprint).name
+            start = weights(build_model(features, settings, context.config.seed))
+            last = checkpoint_name(0, 0)
+            if ranks.main:
+                clear_checkpoints(folder)
+                save_checkpoint(folder, TrainState(0, 0, first, 0.0, 0, start, start, None), fingerprint)
         fresh = [] if features.operator_id == first else cache.artifacts(features.operator_id)
         return ["checkpoints", *fresh], {
             "operator_id": features.operator_id,
             "checkpoint": last,
             "device": str(device),
+            "ranks": ranks.world,
             "key": fingerprint,
         }
 
-    inputs = {"train": settings, "seed": config.seed}
+    inputs = {"train": settings.model_dump(mode="json", exclude=set(WATCHING)), "seed": context.config.seed}
     if shuffle is not None:
         inputs["shuffle"] = list(shuffle)  # follows from the memory, and decides the order of steps
     if context.known_labels is not None:
         inputs["labels"] = context.known_labels.digest
-    with torch_at_work(context.threads):
-        context.run_stage(directory, "train", 2, inputs, ["graph"], make)
+    with torch_at_work(ranks.threads(context.threads)), _deterministic(settings.deterministic):
+        _on_all_ranks(context, directory, ranks, "train", 2, inputs, ["graph"], make)
 
 
 def embed_cells(context: Context, directory: RunDirectory) -> None:
-    """Write embedding.zarr, every cell at its row number."""
-    import torch
-
+    """Write embedding.zarr, every cell at its row number; each rank writes blocks of rows of its own."""
     from schelix_scale.embedding import KEY, embedding_dims, output_keys, write_embedding
     from schelix_scale.training.checkpoint import final_checkpoint
+    from schelix_scale.training.dist import ALONE
     from schelix_scale.training.loop import build_model
     from schelix_scale.training.refresh import open_features
 
-    config, settings = context.config, train_settings(context.config)
+    config, settings, ranks = context.config, train_settings(context.config), context.ranks or ALONE
 
     def make(_: str) -> tuple[list[str], dict[str, Any]]:
         details = directory.record("train").details
-        device = torch.device(resolve_device(config.device))
+        device = ranks.device(resolve_device(config.device))
         features = open_features(open_cache(context, directory), details["operator_id"])
         state = final_checkpoint(directory.path / "checkpoints" / details["checkpoint"], details["key"])
         expression = _open_expression(context, directory, settings) if settings.loadings == "learned" else None
@@ -122,15 +107,96 @@ def embed_cells(context: Context, directory: RunDirectory) -> None:
             "source_fingerprint": context.source_fingerprint,
             "operator_id": details["operator_id"],
         }
-        with (
-            context.reporter.stage("embed", context.store.n_cells) as progress,
-            directory.publish("embedding.zarr") as path,
-        ):
-            write_embedding(path, model, features, keys, obs, uns, device, progress.advance, expression)
+        target = directory.publish("embedding.zarr") if ranks.main else nullcontext(Path())
+        with context.reporter.stage("embed", context.store.n_cells) as progress, target as path:
+            path = Path(ranks.agree(str(path)))
+            write_embedding(path, model, features, keys, obs, uns, device, progress.advance, expression, ranks)
         return ["embedding.zarr"], {"dims": embedding_dims(features, keys[KEY]), "keys": list(keys)}
 
-    with torch_at_work(context.threads):
-        context.run_stage(directory, "embed", 1, {"embed": config.embed}, ["genes", "train"], make)
+    with torch_at_work(ranks.threads(context.threads)):
+        _on_all_ranks(context, directory, ranks, "embed", 1, {"embed": config.embed}, ["genes", "train"], make)
+
+
+def _on_all_ranks(
+    context: Context,
+    directory: RunDirectory,
+    ranks: Ranks,
+    name: str,
+    version: int,
+    inputs: Mapping[str, Any],
+    after: Sequence[str],
+    make: Make,
+) -> None:
+    """Let all ranks make a stage if the main one, which records it, finds that it is due."""
+    if not ranks.main:
+        fingerprint = ranks.agree("")
+        if fingerprint:
+            make(fingerprint)
+        ranks.wait()
+        return
+    told = False
+
+    def lead(fingerprint: str) -> tuple[list[str], dict[str, Any]]:
+        nonlocal told
+        told = True
+        return make(ranks.agree(fingerprint))
+
+    context.run_stage(directory, name, version, inputs, after, lead)
+    if not told:
+        ranks.agree("")
+    ranks.wait()
+
+
+def _training(
+    context: Context,
+    directory: RunDirectory,
+    settings: TrainConfig,
+    cache: OperatorCache,
+    device: torch.device,
+    fingerprint: str,
+) -> Training:
+    """Put together what a training is made of."""
+    from schelix_scale.training.dist import ALONE
+    from schelix_scale.training.labels import Labels
+    from schelix_scale.training.loop import Training
+    from schelix_scale.training.refresh import Refresh, open_features
+
+    store, known, seed = context.store, context.known_labels, context.config.seed
+    expression = _open_expression(context, directory, settings)
+    if expression is not None and store.row_access == "scan":
+        context.reporter.warn(
+            f"{store.source} is stored by genes: to read its cells again and again is slow. Write X as a CSR matrix, "
+            'or use train.input = "cache"'
+        )
+    if known is not None:
+        context.reporter.say(
+            f"labels of {known.known:,} of {store.n_cells:,} cells are known ({len(known.names)} types)"
+        )
+    return Training(
+        settings,
+        seed,
+        device,
+        directory.path / "checkpoints",
+        fingerprint,
+        Refresh(cache, settings, fingerprint, seed, context.threads, device, context.reporter, expression),
+        lambda name: open_features(cache, name),
+        None if known is None else Labels.arrange(known.codes, context.batches.codes),
+        expression,
+        ranks=context.ranks or ALONE,
+    )
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Let torch refuse operations whose results differ from time to time, as long as the context lasts."""
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _shuffle(context: Context, settings: TrainConfig) -> Shuffle | None:

@@ -36,6 +36,7 @@ def matches(pattern: str) -> list[str]:
     StoreError
         It matches nothing, or is one of remote addresses.
     """
+    pattern = local_path(pattern)
     if "://" in pattern:
         raise StoreError(f"{pattern} is a pattern of remote addresses; patterns match local files. List the addresses.")
     path = Path(pattern).expanduser()
@@ -52,10 +53,18 @@ def matches(pattern: str) -> list[str]:
     raise StoreError(f"The pattern {pattern} matches nothing; {fixed} {held}. Check it, and quote it in the shell.")
 
 
+def local_path(address: str) -> str:
+    """Return the path that a ``file://`` address names, and any other text as it is."""
+    return address.removeprefix("file://")
+
+
 def absolute(address: str) -> str:
-    """Return the absolute path, links followed, of what is on this disk, and any other address as it is."""
-    path = Path(address).expanduser()
-    return str(path.resolve()) if path.exists() else address
+    """Return one spelling of an address: the absolute path, links followed, of what is on this disk.
+
+    Any other address is returned without slashes at its end.
+    """
+    path = Path(local_path(address)).expanduser()
+    return str(path.resolve()) if path.exists() else address.rstrip("/")
 
 
 def _stem(path: PurePosixPath) -> str:

@@ -62,8 +62,9 @@ def align_column(pieces: Sequence[pd.Series | None], sizes: Sequence[int]) -> An
     """Return one array of the pieces of an obs column, one a file, None for a file that lacks it.
 
     A piece without any value is as good as none. Categories are united; integers of several sizes, and integers and
-    floats, become the type that holds both; kinds that differ otherwise become text. Where a file lacks the column
-    the value is missing: NaN, NaT, None in text, NA among integers and truth values (pandas' Int64 and boolean).
+    floats, become the type that holds both; kinds that differ otherwise become text, 1 and 1.0 the same one. Where a
+    file lacks the column the value is missing: NaN, NaT, None in text, NA among integers and truth values (pandas'
+    Int64 and boolean).
     """
     filled = [piece if piece is not None and piece.notna().any() else None for piece in pieces]
     there = [piece for piece in filled if piece is not None]
@@ -189,5 +190,12 @@ def _texts(piece: pd.Series | None, size: int) -> np.ndarray:
     texts = np.full(size, None, dtype=object)
     if piece is not None:
         there = piece.notna().to_numpy()
-        texts[there] = [str(value) for value in piece.to_numpy(dtype=object)[there]]
+        texts[there] = [_text(value) for value in piece.to_numpy(dtype=object)[there]]
     return texts
+
+
+def _text(value: object) -> str:
+    """Return the text of a value, that of a whole number without decimals: missing values make floats of integers."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        value = int(value)
+    return str(value)

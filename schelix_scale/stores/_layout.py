@@ -91,6 +91,13 @@ def read_frame(frame: Any, columns: Sequence[str], what: str) -> pd.DataFrame:
     return pd.DataFrame({name: _read(frame[name], f"{what} column {name!r}") for name in columns}, index=names)
 
 
+def text_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the columns of a dataframe that hold text, categories of text included, without missing values."""
+    kinds = {name: pd.api.types.infer_dtype(table[name], skipna=True) for name in table}
+    texts = [name for name, kind in kinds.items() if kind in ("string", "categorical")]
+    return table[texts].astype(object).fillna("").astype(str)
+
+
 def _index(frame: Any, what: str) -> Any:
     name = frame.attrs.get("_index")
     if hasattr(frame, "shape") or name is None or "column-order" not in frame.attrs or str(name) not in frame:

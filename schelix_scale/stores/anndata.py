@@ -21,6 +21,7 @@ from schelix_scale.stores._layout import (
     open_root,
     read_frame,
     read_index,
+    text_columns,
 )
 from schelix_scale.stores._matrix import describe, read_rows
 from schelix_scale.stores._rows import check_positions
@@ -120,6 +121,13 @@ class AnnDataStore(CellStore):
         wanted = check_columns(self, columns)
         with open_root(self._path, self._source) as root:
             return read_frame(root["obs"], wanted, f"{self._source}: obs")
+
+    def gene_columns(self) -> pd.DataFrame:
+        """Read the text columns of var (raw/var for the layer raw), g rows: other names that genes may go by."""
+        with open_root(self._path, self._source) as root:
+            what = f"{self._source}: {self._frame}"
+            table = read_frame(root[self._frame], frame_columns(root[self._frame]), what)
+        return text_columns(table)
 
     def read(self, rows: np.ndarray, genes: np.ndarray | None = None) -> sparse.csr_matrix:
         """Read cells by position; see `CellStore.read` and the cost by encoding in the class."""

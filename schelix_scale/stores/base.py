@@ -143,7 +143,10 @@ class CellStore(ABC):
         return None
 
     def provenance(self) -> dict[str, Any]:
-        """Return what identifies the source beyond its address (a release, a hash of the cells), JSON-able."""
+        """Return what identifies the source beyond its address (a release, a hash of the cells), JSON-able.
+
+        ``opened`` holds the settings of the section ``data`` with which it was opened, keys to the cloud left out.
+        """
         return {}
 
     def notices(self) -> list[str]:
@@ -152,7 +155,7 @@ class CellStore(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a short hash that changes when the content or the way of reading it (layer) changes."""
+        """Return a short hash that changes when the content, obs included, or the way of reading it (layer) changes."""
 
     def blocks(self, block_cells: int) -> Iterator[Block]:
         """Yield all cells once, in order, in blocks of at most ``block_cells``."""

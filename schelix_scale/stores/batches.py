@@ -48,7 +48,7 @@ def default_batch_key(store: CellStore, data: DataConfig) -> str:
     return store.file_column if unset and isinstance(store, JoinedStore) else data.batch_key
 
 
-def read_batches(store: CellStore, batch_key: str) -> Batches:
+def read_batches(store: CellStore, batch_key: str, least: int = 2) -> Batches:
     """Read the batch of every cell; text, categorical, integer and boolean columns are all taken by their text.
 
     Parameters
@@ -58,6 +58,8 @@ def read_batches(store: CellStore, batch_key: str) -> Batches:
     batch_key
         Name of the obs column, or of several (``"dataset_id,assay"``): their texts are joined by ``" | "``. A column
         whose own name has a comma is one column.
+    least
+        Batches, and cells of each, that there must be: 2 to integrate, 1 to map onto a reference.
 
     Raises
     ------
@@ -74,12 +76,12 @@ def read_batches(store: CellStore, batch_key: str) -> Batches:
     for name in columns[1:]:
         codes, names = _cross(codes, names, *_encode(table[name], f"{store.source}: obs column {name!r}", store))
     sizes = np.bincount(codes, minlength=len(names))
-    if len(names) < 2:
+    if len(names) < least:
         raise DataError(
             f"{store.source}: obs column {batch_key!r} has one batch only ({', '.join(names)}), so there is nothing to "
             f"integrate. {_suggest(store, batch_key)}"
         )
-    single = np.flatnonzero(sizes < 2)
+    single = np.flatnonzero(sizes < least)
     if single.size:
         identifiers = 2 * single.size > len(names)
         hint = f" It looks like an identifier of cells. {_suggest(store, batch_key)}" if identifiers else ""

@@ -43,7 +43,8 @@ def open_census(text: str, data: DataConfig) -> CensusStore:
     where = data.census_uri or data.census_version
     source = f"{PREFIX}{organism}"
     chosen = data.model_copy(update={"layer": "raw"}) if data.layer == "X" else data
-    with _open(data, f"the census {where}") as census, soma_errors(f"the census {where}"):
+    timestamp = now() if data.timestamp is None else data.timestamp
+    with _open(data, f"the census {where}", timestamp) as census, soma_errors(f"the census {where}"):
         for part in ("census_info", "census_data"):
             if part not in census:
                 raise StoreError(
@@ -58,15 +59,14 @@ def open_census(text: str, data: DataConfig) -> CensusStore:
             )
         experiment = census["census_data"][organism]
         settings = _settings(census.context.tiledb_config, data)
-        timestamp = now() if data.timestamp is None else data.timestamp
         inner = store_of(experiment, source, chosen, timestamp, settings)
         facts = _facts(census, data)
-        return CensusStore(inner, facts, *_presence(census, experiment, inner, data.measurement))
+        return CensusStore(inner, data, facts, *_presence(census, experiment, inner, data.measurement))
 
 
 @contextmanager
-def _open(data: DataConfig, what: str) -> Iterator[Any]:
-    """Open the release or the census at an address."""
+def _open(data: DataConfig, what: str, timestamp: int) -> Iterator[Any]:
+    """Open the release or the census at an address, all of it as of one time."""
     try:
         import cellxgene_census
         import requests
@@ -75,12 +75,13 @@ def _open(data: DataConfig, what: str) -> Iterator[Any]:
             f"{what} is read with cellxgene_census, which cannot be imported ({error}): "
             "pip install 'schelix-scale[census]'"
         ) from error
-    config = {**BOUNDS, **data.tiledb}
     try:
+        context = cellxgene_census.get_default_soma_context({**BOUNDS, **data.tiledb})
+        context = context.replace(tiledb_config={}, timestamp=timestamp)  # without {} its settings would be lost
         if data.census_uri is not None:
-            census = cellxgene_census.open_soma(uri=_address(data.census_uri), tiledb_config=config)
+            census = cellxgene_census.open_soma(uri=_address(data.census_uri), context=context)
         else:
-            census = cellxgene_census.open_soma(census_version=data.census_version, tiledb_config=config)
+            census = cellxgene_census.open_soma(census_version=data.census_version, context=context)
     except requests.RequestException as error:
         raise StoreError(
             f"the list of census releases cannot be read ({error}). Check the internet connection, or give the address "
@@ -156,6 +157,8 @@ class CensusStore(CellStore):
     ----------
     inner
         The experiment of the organism, with all genes.
+    data
+        The settings it was opened with.
     facts
         What identifies the census.
     group_n, names, measured_pg
@@ -170,12 +173,18 @@ class CensusStore(CellStore):
     def __init__(
         self,
         inner: SomaStore,
+        data: DataConfig,
         facts: dict[str, str],
         group_n: np.ndarray,
         names: tuple[str, ...],
         measured_pg: np.ndarray,
     ) -> None:
         self._inner, self._facts = inner, facts
+        self._released = data.census_uri is None
+        where = (
+            {"census_version": facts["census_build_date"]} if self._released else {"census_uri": facts["census_uri"]}
+        )
+        self._opened = {**inner.provenance()["opened"], **where}
         self._genes = np.flatnonzero(measured_pg.any(axis=0))
         if self._genes.size == 0:
             raise DataError(
@@ -241,9 +250,12 @@ class CensusStore(CellStore):
         return self._inner.read(rows, self._genes if genes is None else self._genes[genes])
 
     def provenance(self) -> dict[str, Any]:
-        """Return the census' build date, schema version and address, and the sha256 of the cells' soma_joinids."""
+        """Return the census' build date, schema version and address, and the sha256 of the cells' soma_joinids.
+
+        And how it was opened: the release by its build date, which ``stable`` and ``latest`` are not for long.
+        """
         ids = self._inner.cell_ids.astype("<i8")
-        return {**self._facts, "soma_joinids_sha256": sha256(ids.tobytes()).hexdigest()}
+        return {**self._facts, "opened": self._opened, "soma_joinids_sha256": sha256(ids.tobytes()).hexdigest()}
 
     def notices(self) -> list[str]:
         """Warn of cells that are in the census more than once."""
@@ -258,8 +270,11 @@ class CensusStore(CellStore):
         ]
 
     def fingerprint(self) -> str:
-        """Hash the build date of the census, the presence of genes, and what `SomaStore.fingerprint` hashes."""
-        digest = blake2b(self._inner.fingerprint().encode(), digest_size=16)
+        """Hash the build date of the census, the presence of genes, and what `SomaStore.fingerprint` hashes.
+
+        What was written when is asked of a census at an address of its own only: a release does not change.
+        """
+        digest = blake2b(self._inner.content_hash(writes=not self._released).encode(), digest_size=16)
         digest.update(repr((self._facts["census_build_date"], self._measured.names)).encode())
         digest.update(self._genes.tobytes() + np.packbits(self._measured.measured_pg).tobytes())
         return digest.hexdigest()

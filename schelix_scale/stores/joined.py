@@ -13,11 +13,12 @@ from scipy import sparse
 
 from schelix_scale.config import DataConfig
 from schelix_scale.errors import StoreError
-from schelix_scale.stores._addresses import absolute, labels_of, matches
+from schelix_scale.stores._addresses import absolute, labels_of, local_path, matches
 from schelix_scale.stores._align import align_column, join_genes
 from schelix_scale.stores._rows import check_positions, stack
+from schelix_scale.stores._soma import OF_CENSUS, OF_SOMA
 from schelix_scale.stores.base import CellStore, Measured, check_columns
-from schelix_scale.stores.opening import is_pattern, open_configured
+from schelix_scale.stores.opening import is_pattern, open_configured, readable
 
 FILE_COLUMNS = ("file", "source_file", "schelix_file")
 
@@ -73,7 +74,7 @@ class JoinedStore(CellStore):
     ) -> None:
         self._parts, self._given, self.genes_join = tuple(parts), tuple(addresses), genes_join
         self.addresses = tuple(absolute(address) for address in addresses)
-        self.labels = labels_of([str(Path(address).expanduser().absolute()) for address in addresses])
+        self.labels = labels_of([str(Path(local_path(address)).expanduser().absolute()) for address in addresses])
         self.layer = layer
         common = [name for name in parts[0].available_layers if all(name in part.available_layers for part in parts)]
         self.available_layers = tuple(dict.fromkeys([layer, *common]))
@@ -205,10 +206,14 @@ class JoinedStore(CellStore):
         return joined
 
     def provenance(self) -> dict[str, Any]:
-        """Return where the files are, and what identifies them beyond that."""
+        """Return where the files are, how they are joined and opened, and what identifies them beyond that."""
         known = {label: part.provenance() for label, part in zip(self.labels, self._parts, strict=True)}
+        opened: dict[str, Any] = {}
+        for about in known.values():
+            opened |= about.get("opened", {})
+        opened |= {"layer": self.layer, "genes_join": self.genes_join}
         parts = {label: about for label, about in known.items() if about}
-        return {"files": list(self.addresses), **({"parts": parts} if parts else {})}
+        return {"files": list(self.addresses), "opened": opened, **({"parts": parts} if parts else {})}
 
     def notices(self) -> list[str]:
         """Return what the user should be warned of, part by part."""
@@ -249,7 +254,12 @@ class JoinedStore(CellStore):
 
 def addresses_of(store: CellStore) -> tuple[str, ...]:
     """Return where the cells of a store are: of several files each, of another store its one source."""
-    return store.addresses if isinstance(store, JoinedStore) else (store.source,)
+    return store.addresses if isinstance(store, JoinedStore) else (absolute(store.source),)
+
+
+def source_address(store: CellStore) -> str:
+    """Return what a run records of where its cells are: an absolute path or an address; of several files a summary."""
+    return store.source if isinstance(store, JoinedStore) else absolute(store.source)
 
 
 def open_joined(sources: Sequence[object], data: DataConfig) -> CellStore:
@@ -261,7 +271,8 @@ def open_joined(sources: Sequence[object], data: DataConfig) -> CellStore:
         Paths, addresses and patterns, taken as given; the files that a pattern matches are sorted naturally (donor2
         before donor10).
     data
-        Settings that each of them is opened with, and ``genes_join``.
+        Settings that each of them is opened with, and ``genes_join``. What only SOMA or the Census read must be of use
+        to one of the sources; ``obs_filter``, which selects cells, to each.
 
     Raises
     ------
@@ -277,7 +288,8 @@ def open_joined(sources: Sequence[object], data: DataConfig) -> CellStore:
                 f"Several sources are given as paths; one is a {type(source).__qualname__}. Write it to a file, or "
                 "join the objects first (anndata.concat)."
             )
-        addresses += matches(str(source)) if is_pattern(str(source)) else [str(source)]
+        text = str(source)
+        addresses += matches(text) if is_pattern(local_path(text)) else [text]
     if not addresses:
         raise StoreError("An empty list of files holds no cells. Give at least one path.")
     first: dict[str, str] = {}
@@ -286,8 +298,16 @@ def open_joined(sources: Sequence[object], data: DataConfig) -> CellStore:
         if place in first:
             raise StoreError(f"{address} is given twice (first as {first[place]}). Leave one out.")
         first[place] = address
-    parts = [open_configured(address, data) for address in addresses]
+    shared = _shared(addresses, data)
+    parts = [open_configured(address, own) for address, own in zip(addresses, shared, strict=True)]
     return parts[0] if len(parts) == 1 else JoinedStore(parts, addresses, data.genes_join, data.layer)
+
+
+def _shared(addresses: Sequence[str], data: DataConfig) -> list[DataConfig]:
+    """Return the settings for each source: without those that only others of them read."""
+    default, reads = DataConfig(), [readable(address) for address in addresses]
+    needless = {name for name in (*OF_SOMA, *OF_CENSUS) if name != "obs_filter" and any(name in read for read in reads)}
+    return [data.model_copy(update={name: getattr(default, name) for name in needless - read}) for read in reads]
 
 
 def _free_name(columns: dict[str, None]) -> str:

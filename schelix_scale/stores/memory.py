@@ -11,7 +11,7 @@ import pandas as pd
 from scipy import sparse
 
 from schelix_scale.errors import StoreError
-from schelix_scale.stores._layout import missing_layer
+from schelix_scale.stores._layout import missing_layer, text_columns
 from schelix_scale.stores._matrix import PIECE
 from schelix_scale.stores._rows import check_positions, select_genes, stack, to_float32
 from schelix_scale.stores.base import CellStore, check_columns
@@ -54,6 +54,7 @@ class MemoryStore(CellStore):
         self.row_access = "scan" if sparse.issparse(self._x_ng) and self._x_ng.format == "csc" else "fast"
         self._gene_names = pd.Index((raw if layer == "raw" else adata).var_names).astype(str)
         self._obs = adata.obs
+        self._var = (raw if layer == "raw" else adata).var
 
     @property
     def source(self) -> str:
@@ -109,8 +110,12 @@ class MemoryStore(CellStore):
         ]
         return stack(parts, g if genes is None else genes.size)
 
+    def gene_columns(self) -> pd.DataFrame:
+        """Return the text columns of var (raw.var for the layer raw), g rows: other names that genes may go by."""
+        return text_columns(self._var)
+
     def fingerprint(self) -> str:
-        """Hash the layer, the shape, the names and every stored value; obs is not part of it."""
+        """Hash the layer, the shape, the names, every stored value and obs."""
         x_ng = self._x_ng
         digest = blake2b(repr((self.layer, x_ng.shape, str(x_ng.dtype))).encode(), digest_size=16)
         for names in (self.gene_names, self.cell_names):
@@ -118,7 +123,23 @@ class MemoryStore(CellStore):
         arrays = (x_ng.data, x_ng.indices, x_ng.indptr) if sparse.issparse(x_ng) else (x_ng,)
         for array in arrays:
             digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        for name, column in self._obs.items():
+            digest.update(str(name).encode() + _hashed(column))
         return digest.hexdigest()
+
+
+def _hashed(column: pd.Series) -> bytes:
+    """Return hashes of the values of a column; text and its categories, which anndata makes of it, have the same."""
+    kind = column.dtype
+    missing = column.isna().to_numpy()
+    if kind.kind == "O" and not isinstance(kind, pd.CategoricalDtype) and pd.api.types.infer_dtype(column) != "string":
+        column = column.map(str)  # lists and the like, which pandas does not hash
+    hashes: np.ndarray = pd.util.hash_pandas_object(column, index=False).to_numpy().copy()
+    hashes[missing] = 0
+    if isinstance(kind, pd.CategoricalDtype):
+        ranks: np.ndarray = column.cat.codes.to_numpy()[: None if kind.ordered else 0]
+        return ranks.tobytes() + hashes.tobytes()
+    return (b"" if kind.kind == "O" else str(kind).encode()) + hashes.tobytes()
 
 
 def _known_kind(x_ng: Any, what: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,6 +11,8 @@ from pydantic import ValidationError
 
 from schelix_scale.config import DataConfig
 from schelix_scale.errors import StoreError
+from schelix_scale.stores._addresses import local_path
+from schelix_scale.stores._soma import OF_CENSUS, OF_SOMA
 from schelix_scale.stores.anndata import AnnDataStore
 from schelix_scale.stores.base import CellStore
 from schelix_scale.stores.memory import MemoryStore
@@ -18,7 +20,8 @@ from schelix_scale.stores.memory import MemoryStore
 if TYPE_CHECKING:
     from anndata import AnnData
 
-READING = frozenset({"obs_filter", "measurement", "timestamp", "tiledb", "census_version", "census_uri", "genes_join"})
+READING = frozenset({*OF_SOMA, *OF_CENSUS, "genes_join"})
+FILES = (".h5ad", ".h5", ".hdf5", ".zarr")
 SOMA_SCHEMES = ("tiledb://", "s3://", "gs://", "azure://", "file://")
 
 Source: TypeAlias = "str | Path | AnnData | CellStore | Sequence[str | Path]"
@@ -71,7 +74,7 @@ def open_configured(source: Source, data: DataConfig) -> CellStore:
         return _open_address(source, data)
     anndata = sys.modules.get("anndata")
     if anndata is not None and isinstance(source, anndata.AnnData):
-        _check_unfiltered("An AnnData", data)
+        refuse_ignored("An AnnData", data)
         return _reopen(source, data.layer) if source.isbacked else MemoryStore(source, data.layer)
     if isinstance(source, Sequence):
         from schelix_scale.stores.joined import open_joined
@@ -83,6 +86,26 @@ def open_configured(source: Source, data: DataConfig) -> CellStore:
     )
 
 
+def open_recorded(recorded: Mapping[str, Any], data: DataConfig) -> CellStore:
+    """Open the source that a run has recorded as it was open then, whether by settings or as a store.
+
+    Parameters
+    ----------
+    recorded
+        The description of the cells in run.json or manifest.json.
+    data
+        The settings of the run.
+
+    Raises
+    ------
+    StoreError
+        It cannot be opened; see `open_store`.
+    """
+    opened = {"layer": recorded["layer"], **recorded.get("opened", {})}
+    opened["tiledb"] = {**opened.get("tiledb", {}), **data.tiledb}  # keys to the cloud are not recorded
+    return open_configured(recorded.get("files", recorded["uri"]), DataConfig(**{**dict(data), **opened}))
+
+
 def _open_address(source: str | Path, data: DataConfig) -> CellStore:
     """Open what a text or a path names."""
     text = str(source)
@@ -90,31 +113,47 @@ def _open_address(source: str | Path, data: DataConfig) -> CellStore:
         from schelix_scale.stores.census import open_census
 
         return open_census(text, data)
-    if is_pattern(text):
+    local = local_path(text)
+    if is_pattern(local):
         from schelix_scale.stores.joined import open_joined
 
-        return open_joined([text], data)
-    if "://" in text and text.rstrip("/").endswith((".h5ad", ".zarr")):
+        return open_joined([local], data)
+    if "://" in local and local.rstrip("/").endswith(FILES):
         raise StoreError(
             f"{text} is a remote address; h5ad and zarr are read from local paths. Copy it to a local disk."
         )
     if is_soma(text):
         from schelix_scale.stores.soma import open_soma
 
+        refuse_ignored(text, data, OF_CENSUS)
         return open_soma(text, data)
-    if "://" in text:
+    if "://" in local:
         raise StoreError(f"{text} is a remote address of no kind that is read. Copy it to a local disk.")
-    _check_unfiltered(text, data)
-    return AnnDataStore(source, data.layer)
+    refuse_ignored(local, data)
+    return AnnDataStore(local, data.layer)
 
 
-def _check_unfiltered(what: str, data: DataConfig) -> None:
-    """Raise for a filter of cells that would not be applied."""
-    if data.obs_filter is not None:
+def readable(address: str) -> frozenset[str]:
+    """Return which of the settings of SOMA and the Census are read by the kind of source that is at an address."""
+    if address.startswith("census:"):
+        return frozenset((*OF_SOMA, *OF_CENSUS))
+    return frozenset(OF_SOMA if is_soma(address) else ())
+
+
+def refuse_ignored(what: str, data: DataConfig, names: Sequence[str] = (*OF_SOMA, *OF_CENSUS)) -> None:
+    """Raise a `StoreError` for settings ``names`` of SOMA and the Census that a source would not be read by."""
+    default = DataConfig()
+    given = [name for name in names if getattr(data, name) != getattr(default, name)]
+    if "obs_filter" in given:
         raise StoreError(
             f"{what} is no SOMA experiment; obs_filter ({data.obs_filter!r}) selects cells of those and of the Census "
             "only. Leave it out, or write the wanted cells to a file: adata[...].write_h5ad."
         )
+    if given:
+        of_census = [name for name in given if name in OF_CENSUS]
+        listed = ", ".join(f"data.{name}" for name in of_census or given)
+        kind = "part of the Census (census:homo_sapiens)" if of_census else "SOMA experiment"
+        raise StoreError(f"{what} is no {kind}, so {listed} would not be applied. Leave it out, or give such a source.")
 
 
 def is_pattern(text: str) -> bool:
@@ -124,7 +163,10 @@ def is_pattern(text: str) -> bool:
 
 def is_soma(text: str) -> bool:
     """Whether a text is the address of a TileDB group, or a directory that is one."""
-    return text.startswith(SOMA_SCHEMES) or (Path(text).expanduser() / "__group").is_dir()
+    path = Path(local_path(text)).expanduser()
+    if text.startswith("file://") and (path.exists() or path.suffix.lower() in FILES):
+        return (path / "__group").is_dir()
+    return text.startswith(SOMA_SCHEMES) or (path / "__group").is_dir()
 
 
 def _reopen(adata: AnnData, layer: str) -> CellStore:

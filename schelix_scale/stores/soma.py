@@ -13,12 +13,16 @@ from scipy import sparse
 
 from schelix_scale.config import DataConfig
 from schelix_scale.errors import DataError, StoreError
+from schelix_scale.stores._addresses import absolute
 from schelix_scale.stores._rows import canonical, check_positions, stack
 from schelix_scale.stores._soma import (
+    OF_SOMA,
     Address,
+    Kind,
     brief,
     context_of,
     fragment_names,
+    last_writes,
     open_array,
     read_frame,
     settings_of,
@@ -54,7 +58,7 @@ def open_soma(text: str, data: DataConfig) -> SomaStore:
     timestamp = now() if data.timestamp is None else data.timestamp
     settings = settings_of(data.tiledb)
     with soma_errors(text):
-        experiment = soma.open(text, "r", context=context_of(settings), tiledb_timestamp=timestamp)
+        experiment = soma.open(absolute(text), "r", context=context_of(settings), tiledb_timestamp=timestamp)
     with experiment:
         return store_of(experiment, text, data, timestamp, settings)
 
@@ -90,7 +94,7 @@ def store_of(
                 "tiledbsoma.io.from_anndata(..., X_kind=tiledbsoma.SparseNDArray)."
             )
         address = Address(source, experiment.obs.uri, measurement.var.uri, matrix.uri, settings, timestamp)
-    return SomaStore(address, layer, tuple(layers), data.obs_filter)
+    return SomaStore(address, layer, tuple(layers), data)
 
 
 def _layer(asked: str, layers: list[str], measurements: list[str], what: str) -> str:
@@ -129,8 +133,9 @@ class SomaStore(CellStore):
         The name of the layer.
     available_layers
         The layers there are.
-    obs_filter
-        A value filter of TileDB-SOMA, as ``"tissue == 'lung' and n_genes > 500"``; all cells by default.
+    data
+        The settings it was opened with, of which ``obs_filter``, a value filter of TileDB-SOMA, as
+        ``"tissue == 'lung' and n_genes > 500"``, selects cells.
 
     Raises
     ------
@@ -140,11 +145,10 @@ class SomaStore(CellStore):
         No cell is left by the filter.
     """
 
-    def __init__(
-        self, address: Address, layer: str, available_layers: tuple[str, ...] = (), obs_filter: str | None = None
-    ) -> None:
+    def __init__(self, address: Address, layer: str, available_layers: tuple[str, ...], data: DataConfig) -> None:
         self.address, self.layer, self.available_layers = address, layer, available_layers
-        self._filter = obs_filter
+        self.measurement, self._filter = data.measurement, data.obs_filter
+        self._opened = {"layer": layer, **data.model_dump(mode="json", include=set(OF_SOMA))}
         obs = open_array(address, "DataFrame", address.obs)
         self._columns, self._categorical = _columns(obs)
         self._cell_key = next((name for name in CELL_IDS if name in self._columns), None)
@@ -275,23 +279,37 @@ class SomaStore(CellStore):
             x_ng = x_ng[back]
         return canonical(x_ng)
 
+    def provenance(self) -> dict[str, Any]:
+        """Return the format, which the address does not tell when it cannot be reached, and how it was opened."""
+        return {"format": "soma", "opened": self._opened}
+
     def fingerprint(self) -> str:
         """Hash what is cheap to get and changes with the content.
 
         The layer, the selected joinids, gene names, and what was written to obs, var and the layer: the names of
-        their TileDB fragments if the experiment is local (they keep when it is copied), else the number of stored
-        values, the obs schema and the values of 64 cells. New obsm or other layers leave it as it is.
+        their TileDB fragments if the experiment is local (they keep when it is copied), else when they were last
+        written and how many cells their fragments hold (`last_write`), the number of stored values, the obs schema and
+        the values of 64 cells. New obsm or other layers leave it as it is.
         """
+        return self.content_hash()
+
+    def content_hash(self, writes: bool = True) -> str:
+        """Return the fingerprint, without ``writes`` as if nothing were written to what is remote once it is there."""
         digest = blake2b(digest_size=16)
-        address, local = self.address, []
-        for uri in (address.obs, address.var, address.matrix):
-            local.append(fragment_names(uri, address.timestamp))
+        address = self.address
+        arrays: list[tuple[Kind, str]] = [
+            ("DataFrame", address.obs),
+            ("DataFrame", address.var),
+            ("SparseNDArray", address.matrix),
+        ]
+        local = [fragment_names(uri, address.timestamp) for _, uri in arrays]
         digest.update(repr((self.layer, self.n_cells, local)).encode())
         digest.update(self._cell_ids.tobytes() + self._gene_ids.tobytes())
         digest.update("\n".join(self._gene_names).encode())
         if None in local:
+            found = last_writes(address, arrays) if writes else None
             obs = open_array(address, "DataFrame", address.obs)
-            digest.update(repr((str(obs.schema), self._nonzeros)).encode())
+            digest.update(repr((found, str(obs.schema), self._nonzeros)).encode())
             sample = self.read(np.linspace(0, self.n_cells - 1, min(_SAMPLE, self.n_cells)).astype(np.int64))
             for array in (sample.data, sample.indices, sample.indptr):
                 digest.update(array.tobytes())

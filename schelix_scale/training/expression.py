@@ -18,7 +18,7 @@ from schelix_scale.features.projection import Projection, clip_genes
 from schelix_scale.features.streams import Streams
 from schelix_scale.genes.normalize import log_normalize
 from schelix_scale.stores.base import CellStore
-from schelix_scale.training.loader import Shuffle, StreamLoader
+from schelix_scale.training.loader import Mine, Shuffle, StreamLoader
 
 if TYPE_CHECKING:
     from schelix_scale.stores.values import ValueKind
@@ -78,17 +78,20 @@ class Expression:
         return (h_anchor, d_anchor), (h, d)
 
     def steps(
-        self, rows: np.ndarray, batch_size: int, seed: tuple[int, ...], first: int, stop: int
+        self, rows: np.ndarray, batch_size: int, seed: tuple[int, ...], first: int, stop: int, mine: Mine | None = None
     ) -> Generator[tuple[np.ndarray, Expressed], None, None]:
-        """Yield rows and hop 0 of the steps ``first:stop`` of a block-shuffled pass over ``rows`` (r,), ascending."""
+        """Yield rows and hop 0 of the steps ``first:stop`` of a block-shuffled pass over ``rows`` (r,), ascending.
+
+        ``mine`` says which of a step's rows are read, as positions in them; all by default.
+        """
         loader = StreamLoader(self.store, rows, batch_size=batch_size, seed=seed, shuffle=self.shuffle)
-        with closing(loader.steps(first, stop)) as minibatches:
+        with closing(loader.steps(first, stop, mine)) as minibatches:
             for found, x_ng in minibatches:
                 yield found, self.encode(x_ng, found)
 
     def read(self, rows: np.ndarray) -> Expressed:
         """Read cells (m,) and return their hop 0, a buffer at a time."""
-        pieces = [rows[i : i + self.shuffle.buffer] for i in range(0, len(rows), self.shuffle.buffer)]
+        pieces = [rows[i : i + self.shuffle.buffer] for i in range(0, max(1, len(rows)), self.shuffle.buffer)]
         parts = [self.encode(self.store.read(piece), piece) for piece in pieces]
         return Expressed(
             np.concatenate([part.anchor for part in parts]),

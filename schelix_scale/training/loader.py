@@ -6,9 +6,9 @@ one, which a thread reads meanwhile, and a minibatch.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from scipy import sparse
@@ -20,6 +20,9 @@ from schelix_scale.training.plan import BlockPlan
 BYTES_PER_VALUE = 40  # of a cell in a buffer, with the next buffer and what reading it takes
 BLOCKS, MIN_BLOCK, MAX_BLOCK = 32, 64, 512
 MAX_BUFFER = 65_536
+
+
+Mine: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
 
 class Shuffle(NamedTuple):
@@ -94,40 +97,48 @@ class StreamLoader:
         start = epoch * self.steps_per_epoch
         return self.steps(start + first, start + self.steps_per_epoch)
 
-    def steps(self, first: int, stop: int) -> Generator[Minibatch, None, None]:
+    def steps(self, first: int, stop: int, mine: Mine | None = None) -> Generator[Minibatch, None, None]:
         """Yield the minibatches of the steps ``first:stop``, counted from the start of the first epoch.
 
+        ``mine`` says which of a minibatch's rows are read, as positions in them; all by default.
         Only what they hold is read. Close the iterator (`contextlib.closing`) to leave before its end: it then waits
         for the read that is under way. What a read raises is raised at the minibatch that needs it.
         """
         if first >= stop:
             return
         with ThreadPoolExecutor(1, thread_name_prefix="schelix-loader") as reader:
-            ahead = self._submit(reader, first, stop)
-            while first < stop:
-                rows, order, x_ng = ahead.result()
-                first += -(-len(rows) // self.plan.batch_size)
-                if first < stop:
-                    ahead = self._submit(reader, first, stop)
-                for start in range(0, len(rows), self.plan.batch_size):
-                    part = slice(start, start + self.plan.batch_size)
-                    yield Minibatch(rows[part], x_ng[order[part]])
+            ahead, first = self._submit(reader, first, stop, mine)
+            while True:
+                steps, order, x_ng = ahead.result()
+                last = first >= stop
+                if not last:
+                    ahead, first = self._submit(reader, first, stop, mine)
+                start = 0
+                for rows in steps:
+                    yield Minibatch(rows, x_ng[order[start : start + len(rows)]])
+                    start += len(rows)
+                if last:
+                    return
                 del x_ng
 
     def _submit(
-        self, reader: ThreadPoolExecutor, step: int, stop: int
-    ) -> Future[tuple[np.ndarray, np.ndarray, sparse.csr_matrix]]:
+        self, reader: ThreadPoolExecutor, step: int, stop: int, mine: Mine | None
+    ) -> tuple[Future[tuple[list[np.ndarray], np.ndarray, sparse.csr_matrix]], int]:
+        """Let a buffer be read, from ``step`` on; return it, and the step after it."""
         positions, steps = self.plan.buffer(step)
-        if step + steps > stop:
-            positions = positions[: (stop - step) * self.plan.batch_size]
-        return reader.submit(self._read, self.rows[positions])
+        after, size = min(step + steps, stop), self.plan.batch_size
+        minibatches = [self.rows[positions[i * size : (i + 1) * size]] for i in range(after - step)]
+        if mine is not None:
+            minibatches = [rows[mine(rows)] for rows in minibatches]
+        return reader.submit(self._read, minibatches), after
 
-    def _read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, sparse.csr_matrix]:
-        """Read a buffer in the order of the store; return its rows as they are dealt, where each lies, and values."""
+    def _read(self, steps: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray, sparse.csr_matrix]:
+        """Read a buffer in the order of the store; return its minibatches, where their rows lie, and values."""
+        rows = np.concatenate(steps)
         ascending = np.argsort(rows)
         order = np.empty_like(ascending)
         order[ascending] = np.arange(len(rows))
-        return rows, order, self.store.read(rows[ascending], self.genes)
+        return steps, order, self.store.read(rows[ascending], self.genes)
 
 
 def block_plan(n_rows: int, batch_size: int, seed: tuple[int, ...], shuffle: Shuffle) -> BlockPlan:

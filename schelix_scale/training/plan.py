@@ -1,4 +1,7 @@
-"""(seed, epoch, step) -> the rows of that step. A pure function: nothing is stored, so resuming is exact."""
+"""(seed, epoch, step) -> the rows of that step, and which of them are a rank's.
+
+A pure function: nothing is stored, so resuming is exact. Rows of a step do not depend on how many ranks there are.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,18 @@ class Plan:
         epoch, position = divmod(step, self.steps_per_epoch)
         order = _epoch_order(self.n_rows, self.seed, epoch)
         return order[position * self.batch_size : (position + 1) * self.batch_size]
+
+
+def deal(rows: np.ndarray, rank: int, world: int) -> np.ndarray:
+    """Return which of a step's rows (m,) a rank computes, as positions in it.
+
+    Shares differ by one row at most, also of few rows or none. Rows beside each other on disk go to one rank; a single
+    rank takes all rows in their order.
+    """
+    if world == 1:
+        return np.arange(len(rows))
+    m = len(rows)
+    return np.argsort(rows, kind="stable")[m * rank // world : m * (rank + 1) // world]
 
 
 @lru_cache(maxsize=2)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from schelix_scale.config import TrainConfig
 from schelix_scale.graph.cache import OperatorCache, operator_id
+from schelix_scale.graph.descent import start_from
 from schelix_scale.graph.knn import choose_method
-from schelix_scale.graph.operator import blend, jaccard, row_blocks
+from schelix_scale.graph.operator import blend, jaccard
+from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.model.streams import DualStream, Latent
 from schelix_scale.progress import Reporter
 from schelix_scale.training.data import CachedFeatures
@@ -75,20 +78,23 @@ class Refresh:
         if not self.config.refresh:
             return features
         method = choose_method(features.n_cells, self.cache.config)
-        name = operator_id(
-            {"parent": features.operator_id, "training": self.fingerprint, "threads": self.threads}, method
-        )
+        inputs: dict[str, Any] = {"parent": features.operator_id, "training": self.fingerprint}
+        if method == "pynndescent":
+            inputs["threads"] = self.threads
+        name = operator_id(inputs, method)
         if self.cache.has(name):
             return open_features(self.cache, name)
-        with self.reporter.stage(f"refresh: neighbours ({method})", features.n_cells) as progress:
-            latent = self._anchor_latent(features, model)
-            neighbors, audit = self.cache.find(latent, self.seed, self.threads, progress.advance)
+        self.reporter.say("refresh: neighbours of the current Anchor latents")
+        start = start_from(features.operator.indices_nk) if method == "ivf" else None
+        latent = self._anchor_latent(features, model)
+        neighbors, audit = self.cache.find(latent, self.seed, self.threads, name, self.reporter, start=start)
         fresh = self.cache.operator(neighbors)
         rng = np.random.default_rng([self.seed, 0x1ACC])
         sample = rng.choice(features.n_cells, min(JACCARD_CELLS, features.n_cells), replace=False)
         overlap = jaccard(features.operator, fresh, sample)
         if overlap > self.config.refresh_jaccard:
             self.reporter.say(f"graph kept: neighbours of the current Anchor latents overlap by {overlap:.2f}")
+            self.cache.discard(name)
             return features
         self.reporter.say(
             f"graph refreshed as {name}: neighbours of the current Anchor latents overlap by {overlap:.2f}"

@@ -9,7 +9,7 @@ import make_atlas
 import numpy as np
 import pandas as pd
 import pytest
-from _atlas import Atlas, Settings
+from _atlas import Atlas, Settings, batch_sizes
 from scipy import sparse
 
 SETTINGS = Settings(cells=3_000, genes=70, batches=4, seed=3, molecules=300)
@@ -72,6 +72,25 @@ def test_batches_are_uneven_and_lack_types(template: Path) -> None:
     assert sizes.max() > 3 * sizes.min()
     assert (table == 0).to_numpy().any()
     assert atlas.obs["batch"].is_monotonic_increasing
+
+
+@pytest.mark.parametrize(
+    ("weights", "cells", "expected"),
+    [
+        ([5, 3, 2], 100, [50, 30, 20]),
+        ([5, 3, 2.5], 101, [49, 28, 24]),  # 48, 28 and 24 by the weights
+        ([900, 300, 1, 1, 1, 1], 12, [2, 2, 2, 2, 2, 2]),
+        ([6, 5, 1, 1, 1, 1, 1, 1], 17, [2, 3, 2, 2, 2, 2, 2, 2]),
+    ],
+)
+def test_every_batch_has_two_cells(weights: list[float], cells: int, expected: list[int]) -> None:
+    assert batch_sizes(np.array(weights, float), cells).tolist() == expected
+
+
+@pytest.mark.parametrize("settings", [{"cells": 79}, {"cells": 99, "batches": 0}, {"cells": 99, "genes": 0}])
+def test_an_atlas_of_nothing(settings: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"too few for 40 batches|must be 1 or more"):
+        Settings(**settings)
 
 
 def test_blocks_do_not_depend_on_their_size(atlas: Atlas) -> None:

@@ -43,6 +43,22 @@ def test_copies_hold_the_first_cells(source: Path, paths: dict[str, Path]) -> No
         np.testing.assert_array_equal(store.read(np.arange(FIRST)).toarray(), truth(source))
 
 
+def test_what_a_killed_run_left_is_written_anew_and_no_column_is_needed(source: Path, tmp_path: Path) -> None:
+    cells = anndata.read_h5ad(source)[:30].copy()
+    del cells.obs["batch"]
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    for suffix in ("zarr", "soma"):
+        (tmp_path / "copies" / f".partial-cells-20.{suffix}").mkdir(parents=True)
+        (tmp_path / "copies" / f".partial-cells-20.{suffix}" / "half").write_text("half")
+    (tmp_path / "copies" / ".partial-cells-20.h5ad").write_text("half")
+    paths = copies(tmp_path / "cells.h5ad", 20, tmp_path / "copies")
+    assert sorted(path.name for path in (tmp_path / "copies").iterdir()) == sorted(path.name for path in paths.values())
+    for path in paths.values():
+        store = open_store(path)
+        assert list(store.cell_names) == list(cells.obs_names[:20])
+        np.testing.assert_array_equal(store.read(np.arange(20)).toarray(), truth(source)[:20])
+
+
 def test_copies_are_kept(source: Path, paths: dict[str, Path]) -> None:
     before = {kind: path.stat().st_mtime_ns for kind, path in paths.items()}
     assert copies(source, FIRST, paths["zarr"].parent) == paths

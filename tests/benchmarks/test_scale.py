@@ -29,6 +29,23 @@ def test_watch_sees_the_memory_of_grandchildren(tmp_path: Path) -> None:
     assert seen.peak_between(0, seen.times[0] - 1) == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells proportional memory")
+def test_watch_counts_shared_pages_once_in_pss(tmp_path: Path) -> None:
+    share = "import os, time; block = bytearray(b'x') * 300_000_000; [os.fork() for _ in range(2)]; time.sleep(2)"
+    seen = watch(python("-c", share), tmp_path / "log")
+    assert seen.peak > 4 * 300 * MB
+    assert 300 * MB < seen.pss_peak < 450 * MB
+
+
+def test_saved_rows_are_replaced_by_those_of_the_same_settings(tmp_path: Path) -> None:
+    row = {"atlas": "a.zarr", "cells": 9, "max_memory": "4GB", "settings": []}
+    trial = {**row, "settings": ["seed=1", "graph.k=9"], "seconds": 1}
+    for one in (row, trial, {**trial, "settings": ["graph.k=9", "seed=1"], "seconds": 2}, {**row, "seconds": 3}):
+        scale.save(tmp_path / "scale.json", one)
+    saved = json.loads((tmp_path / "scale.json").read_text())
+    assert [(one["settings"], one["seconds"]) for one in saved] == [(["graph.k=9", "seed=1"], 2), ([], 3)]
+
+
 def test_watch_reports_a_failure_with_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(CommandFailed, match=r"(?s)status 3.*no luck"):
         watch(python("-c", "print('no luck'); raise SystemExit(3)"), tmp_path / "log")
@@ -61,6 +78,7 @@ def test_measures_an_atlas_and_its_peer(tmp_path: Path, capsys: pytest.CaptureFi
     assert sum(stage["seconds"] for stage in row["stages"]) == pytest.approx(row["seconds"], abs=0.5)
     assert set(row["floors"]) == set(scale.FLOORS)
     assert row["peer"]["peak_bytes"] > 100 * MB
+    assert all(one["peak_pss_bytes"] <= one["peak_bytes"] for one in (row, row["peer"], *row["floors"].values()))
     assert {"schelix", "harmony", "pca"} == {"schelix", *row["peer"]["quality"]}
     printed = capsys.readouterr().out
     assert "| **schelix integrate** |" in printed

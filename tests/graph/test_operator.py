@@ -8,7 +8,8 @@ from scipy.spatial.distance import cdist
 from scipy.stats import chisquare
 
 from schelix_scale.graph.knn import Neighbors, find_neighbors
-from schelix_scale.graph.operator import Operator, blend, build_operator, jaccard, row_blocks
+from schelix_scale.graph.operator import Operator, blend, build_operator, jaccard
+from schelix_scale.graph.vectors import row_blocks
 from tests.synthetic import gaussian_cells
 
 

@@ -1,19 +1,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import cellxgene_census
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import tiledbsoma
 from typer.testing import CliRunner
 
 from schelix_scale.cli import app
+from schelix_scale.config import DataConfig
 from schelix_scale.errors import DataError, StoreError
-from schelix_scale.stores import CellStore, open_store
+from schelix_scale.stores import CellStore, open_recorded, open_store
 from schelix_scale.stores.census import CensusStore
 
 from .census_builder import CensusTruth, make_census, write_census
@@ -135,6 +140,30 @@ def test_another_build_has_another_fingerprint(tmp_path: Path, truth: CensusTrut
         write_census(truth, tmp_path / "census", build)
         prints.append(open_store("census:homo_sapiens", census_uri=str(tmp_path / "census")).fingerprint())
     assert prints[0] != prints[1]
+
+
+def test_the_presence_of_genes_is_of_the_time_of_the_cells(census: Path) -> None:
+    before = int(time.time() * 1000)
+    first = open_store("census:homo_sapiens", census_uri=str(census))
+    time.sleep(0.01)
+    uri = census / "census_data" / "homo_sapiens" / "ms" / "RNA" / "feature_dataset_presence_matrix"
+    with tiledbsoma.SparseNDArray.open(str(uri), "w") as array:
+        everywhere = np.indices(array.shape).reshape(2, -1).astype(np.int64)
+        ones = pa.array(np.ones(everywhere.shape[1], np.uint8))
+        array.write(pa.table({"soma_dim_0": everywhere[0], "soma_dim_1": everywhere[1], "soma_data": ones}))
+    assert open_store("census:homo_sapiens", census_uri=str(census)).measured() is None
+    then, was = open_store("census:homo_sapiens", census_uri=str(census), timestamp=before).measured(), first.measured()
+    assert then is not None
+    assert was is not None
+    np.testing.assert_array_equal(then.measured_pg, was.measured_pg)
+
+
+def test_a_census_is_opened_again_as_it_was(census: Path) -> None:
+    options: dict[str, Any] = {"census_uri": str(census), "obs_filter": LUNG}
+    store = open_store("census:homo_sapiens", "normalized", **options)
+    recorded = {"uri": store.source, "layer": store.layer, **store.provenance()}
+    again = open_recorded(json.loads(json.dumps(recorded)), DataConfig())
+    assert (again.layer, again.fingerprint()) == ("normalized", store.fingerprint())
 
 
 def test_what_is_refused(census: Path, tmp_path: Path) -> None:

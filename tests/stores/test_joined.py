@@ -14,8 +14,9 @@ import tiledbsoma
 import tiledbsoma.io
 from scipy import sparse
 
+from schelix_scale.config import DataConfig
 from schelix_scale.errors import DataError, StoreError
-from schelix_scale.stores import AnnDataStore, CellStore, MemoryStore, open_store
+from schelix_scale.stores import AnnDataStore, CellStore, MemoryStore, open_recorded, open_store
 from schelix_scale.stores.checks import check_block
 from schelix_scale.stores.joined import JoinedStore
 
@@ -240,6 +241,9 @@ def test_cell_names_get_their_file_only_if_they_clash() -> None:
             pd.Series(pd.Categorical(["low", "high", "mid"], ["high", "low", "mid"])),
         ),
         (pd.Categorical([1, 2]), pd.Categorical(["x"]), pd.Series(pd.Categorical(["1", "2", "x"]))),
+        (pd.Categorical([1, 2]), pd.Categorical([1.0]), pd.Series(pd.Categorical(["1", "2", "1"]))),
+        (np.array([1, "a"], object), [1.0], pd.Series(["1", "a", "1"], dtype=object)),
+        (["1", "0.5"], [0.5], pd.Series(["1", "0.5", "0.5"], dtype=object)),
         (pd.Categorical([3, 1]), pd.Categorical([2]), pd.Series(pd.Categorical([3, 1, 2]))),
         (pd.Categorical(["q", "p"]), ["a"], pd.Series(["q", "p", "a"], dtype=object)),
         (
@@ -383,6 +387,16 @@ def test_files_and_soma_experiments_mix(tmp_path: Path) -> None:
     assert store.provenance()["files"] == paths
     with pytest.raises(StoreError, match=r"a\.h5ad is no SOMA experiment; obs_filter \('donor == 1'\) selects cells"):
         open_store(paths, obs_filter="donor == 1")
+    with pytest.raises(StoreError, match=r"b\.soma has no measurement 'ATAC'"):  # which the file has no part in
+        open_store(paths, measurement="ATAC")
+    with pytest.raises(StoreError, match=r"a\.h5ad is no part of the Census"):
+        open_store(paths, census_version="2025-11-08")
+    tuned = open_store(paths, tiledb={"soma.init_buffer_bytes": "512", "vfs.s3.aws_secret_access_key": "SECRET"})
+    opened = tuned.provenance()["opened"]
+    assert (opened["layer"], opened["genes_join"]) == ("X", "intersection")
+    assert opened["tiledb"] == {"soma.init_buffer_bytes": "512"}
+    again = open_recorded({"layer": "X", "uri": tuned.source, **tuned.provenance()}, DataConfig())
+    assert again.fingerprint() == store.fingerprint()
 
 
 class Known(ForwardingStore):

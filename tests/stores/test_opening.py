@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import h5py
@@ -55,6 +56,36 @@ def test_relative_path_survives_a_change_of_folder(path: Path, monkeypatch: pyte
     monkeypatch.chdir("/")
     assert store.source == path.name
     np.testing.assert_array_equal(store.read(np.array([2])).toarray(), make_truth().x_ng[[2]])
+
+
+def test_a_file_address_is_the_path_of_it(path: Path) -> None:
+    store = open_store(f"file://{path}")
+    assert isinstance(store, AnnDataStore)
+    assert (store.source, store.fingerprint()) == (str(path), open_store(path).fingerprint())
+    assert open_store(f"file://{path.parent}/*.h5ad").n_cells == 83
+    with pytest.raises(StoreError, match=r"cell\.h5ad does not exist\. Did you mean cells\.h5ad"):
+        open_store(f"file://{path.with_name('cell.h5ad')}")
+    with pytest.raises(StoreError, match=rf"file://{path} is given twice"):
+        open_store([path, f"file://{path}"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"measurement": "ATAC"}, r"is no SOMA experiment, so data\.measurement would not be applied\. Leave it out"),
+        ({"timestamp": 5, "tiledb": {"a": "b"}}, r"so data\.timestamp, data\.tiledb would not"),
+        (
+            {"census_version": "2025-11-08"},
+            r"is no part of the Census .*, so data\.census_version would",
+        ),
+        ({"census_uri": "here"}, r"so data\.census_uri would"),
+    ],
+)
+def test_settings_that_files_are_not_read_by_are_refused(path: Path, options: dict[str, Any], message: str) -> None:
+    for source in (path, ad.read_h5ad(path), [path]):
+        with pytest.raises(StoreError, match=message):
+            open_store(source, **options)  # type: ignore[arg-type]
+    assert open_store(path, measurement="RNA", census_version="stable").n_cells == 83
 
 
 def test_backed(path: Path) -> None:

@@ -18,6 +18,8 @@ from scipy import sparse
 
 from schelix_scale.errors import DataError, StoreError
 from schelix_scale.stores import CellStore, _soma, open_store
+from schelix_scale.stores._addresses import absolute
+from schelix_scale.stores.joined import source_address
 from schelix_scale.stores.soma import SomaStore
 
 from .contract import CellStoreContract
@@ -212,17 +214,56 @@ def test_what_changes_the_fingerprint(experiment: Path, tmp_path: Path) -> None:
     assert len(prints) == 4
 
 
-def test_the_fingerprint_of_a_remote_experiment_reads_some_values(
-    experiment: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_changes_the_fingerprint_of_a_remote_experiment(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An experiment is made remote by taking it as one whose files cannot be listed."""
     monkeypatch.setattr("schelix_scale.stores.soma.fragment_names", lambda uri, timestamp: None)
-    first = open_store(experiment).fingerprint()
-    assert open_store(experiment).fingerprint() == first
+    address, store = f"file://{experiment}", open_store(experiment)
+    prints = [store.fingerprint()]
+    assert open_store(address).fingerprint() == prints[0]
+    sampled = np.linspace(0, 82, 64).astype(int)
+    cell = next(i for i in range(83) if i not in sampled)
+    gene = int(np.flatnonzero(make_truth().x_ng[cell])[0])
     with tiledbsoma.Experiment.open(str(experiment), "w") as opened:
-        array = opened.ms["RNA"].X["data"]
-        array.write(pa.table({"soma_dim_0": [0], "soma_dim_1": [3], "soma_data": pa.array([77.0], pa.float32())}))
-    assert open_store(experiment).read(np.array([0])).toarray()[0, 3] == 77
-    assert open_store(experiment).fingerprint() != first
+        value = {"soma_dim_0": [cell], "soma_dim_1": [gene], "soma_data": pa.array([77.0], pa.float32())}
+        opened.ms["RNA"].X["data"].write(pa.table(value))
+    assert open_store(address).read(np.array([cell])).toarray()[0, gene] == 77
+    prints.append(open_store(address).fingerprint())
+    obs = make_truth().obs.assign(obs_id=make_truth().obs.index)
+    obs.loc[obs.index[cell], "note"] = "z"
+    with tiledbsoma.Experiment.open(str(experiment), "w") as opened:
+        tiledbsoma.io.update_obs(opened, obs.reset_index(drop=True))
+    prints.append(open_store(address).fingerprint())
+    assert store.fingerprint() == prints[0], "a store is as of the time it was opened"
+    write_soma(make_truth(), experiment)  # replaced by one of the same content
+    prints.append(open_store(address).fingerprint())
+    assert len(set(prints)) == 4
+
+
+def test_the_last_write_is_that_of_the_youngest_fragment(experiment: Path) -> None:
+    table = pa.table({"soma_dim_0": [0, 1], "soma_dim_1": [3, 3], "soma_data": pa.array([77.0, 1.0], pa.float32())})
+    stored = int((make_truth().x_ng != 0).sum())
+    for written in (0, 2, 4):
+        store = open_store(f"file://{experiment}")
+        assert isinstance(store, SomaStore)
+        for kind, uri, cells in (("DataFrame", store.address.obs, 83), ("SparseNDArray", store.address.matrix, stored)):
+            fragments = Path(uri.removeprefix("file://")) / "__fragments"
+            youngest = max(int(path.name.split("_")[3]) for path in fragments.iterdir())
+            more = written if kind == "SparseNDArray" else 0
+            assert _soma.last_write(store.address, kind, uri) == (cells + more, youngest)  # type: ignore[arg-type]
+        with tiledbsoma.Experiment.open(str(experiment), "w") as opened:
+            opened.ms["RNA"].X["data"].write(table)
+
+
+def test_one_experiment_has_one_address(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(experiment.parent)
+    spellings = [str(experiment), f"{experiment}/", f"file://{experiment}", f"file://{experiment}/", "./cells.soma"]
+    for spelling in spellings:
+        store = open_store(spelling)
+        assert (source_address(store), store.n_cells) == (str(experiment), 83)
+    for other in spellings[1:]:
+        with pytest.raises(StoreError, match="is given twice"):
+            open_store([str(experiment), other])
+    assert absolute("s3://bucket/cells.soma/") == absolute("s3://bucket/cells.soma")
 
 
 def test_layers_and_measurements(experiment: Path, tmp_path: Path) -> None:

@@ -15,8 +15,20 @@ from schelix_scale.model.streams import DualStream
 from schelix_scale.progress import QuietReporter
 from schelix_scale.training.checkpoint import checkpoint_name, final_checkpoint, latest_checkpoint
 from schelix_scale.training.labels import Labels
-from schelix_scale.training.loop import Training, align_loss, build_model, refine_loss, split_rows, train
-from tests.training.tools import CONFIG, TOTAL_STEPS, Cache, Counting, cached, logged, run, same_weights, training_in
+from schelix_scale.training.loop import Training, build_model, split_rows, train
+from tests.training.tools import (
+    CONFIG,
+    TOTAL_STEPS,
+    Cache,
+    Counting,
+    cached,
+    cells_of,
+    logged,
+    phase_loss,
+    run,
+    same_weights,
+    training_in,
+)
 
 
 def loss_of(model: DualStream, phase: str) -> float:
@@ -30,7 +42,7 @@ def loss_of(model: DualStream, phase: str) -> float:
         near = features.operator.indices_nk[near, rng.integers(0, features.operator.indices_nk.shape[1], len(near))]
     own, other = (features.cells(r, torch.device("cpu")) for r in (rows, near))
     with torch.no_grad():
-        return float((align_loss if phase == "align" else refine_loss)(model, own, other, CONFIG))
+        return float(phase_loss(model, phase, own, other))
 
 
 def test_align_learns(tmp_path: Path) -> None:
@@ -49,7 +61,7 @@ def test_refine_learns(tmp_path: Path) -> None:
 
 def test_phases_in_order_and_one_refresh_between(whole: tuple[DualStream, Cache, Counting, Path]) -> None:
     model, cache, reporter, folder = whole
-    assert reporter.stages == [("train: align", 23), ("train: refine", 17)]
+    assert reporter.stages == [("train: align", cells_of(23)), ("train: refine", cells_of(17))]
     assert reporter.steps == TOTAL_STEPS
     assert [version for version, _ in cache.refreshed] == ["first"]
     assert not model.training
@@ -125,7 +137,7 @@ def test_stops_when_validation_does_not_improve(tmp_path: Path) -> None:
     _, _, reporter = run(
         tmp_path, learning_rate=1e-12, align_steps=500, refine_steps=500, evaluate_every=4, patience=3, max_epochs=1000
     )
-    assert [total for _, total in reporter.stages] == [500, 500]
+    assert [total for _, total in reporter.stages] == [cells_of(500), cells_of(500)]
     assert 2 * 3 * 4 <= reporter.steps <= 2 * (3 + 1) * 4
 
 
@@ -175,7 +187,7 @@ def test_walks_lead_to_labelled_cells(tmp_path: Path) -> None:
 def test_max_epochs_bounds_the_steps(tmp_path: Path, batch_size: int) -> None:
     """228 of 240 rows train, 48 a step, which is the most for so few: five steps an epoch."""
     _, _, reporter = run(tmp_path, align_steps=500, refine_steps=7, max_epochs=3, batch_size=batch_size)
-    assert reporter.stages == [("train: align", 15), ("train: refine", 7)]
+    assert reporter.stages == [("train: align", cells_of(15)), ("train: refine", cells_of(7))]
     assert reporter.steps == 22
 
 
@@ -184,7 +196,7 @@ def test_single_stream_is_refined_only(tmp_path: Path) -> None:
     cache, reporter = Cache(features), Counting()
     config = CONFIG.model_copy(update={"learning_rate": 0.03})
     model, last = train(training_in(tmp_path, cache, config), features, reporter)
-    assert reporter.stages == [("train: refine", 17)]
+    assert reporter.stages == [("train: refine", cells_of(17))]
     assert cache.refreshed == []
     assert last.operator_id == "first"
     cells = last.cells(np.arange(20), torch.device("cpu"))
@@ -198,7 +210,7 @@ def gradients(phase: str, config: TrainConfig = CONFIG) -> dict[str, float]:
     features = cached()
     model = build_model(features, CONFIG, 0)
     own, other = (features.cells(rows, torch.device("cpu")) for rows in (np.arange(30), np.arange(30, 60)))
-    torch.autograd.backward((align_loss if phase == "align" else refine_loss)(model, own, other, config))
+    torch.autograd.backward(phase_loss(model, phase, own, other, config))
     found: dict[str, float] = {}
     for name, parameter in model.named_parameters():
         size = 0.0 if parameter.grad is None else float(parameter.grad.abs().max())

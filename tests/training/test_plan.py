@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from schelix_scale.training.plan import Plan
+from schelix_scale.training.batches import cells_before
+from schelix_scale.training.plan import BlockPlan, Plan, deal
 
 PLANS = (st.integers(1, 300), st.integers(1, 320), st.integers(0, 2**31))
 
@@ -58,3 +59,27 @@ def test_callers_cannot_change_the_plan() -> None:
 
 def test_a_phase_of_one_seed_is_not_another_phase_of_the_next() -> None:
     assert Plan(100, 100, (0, 1)).rows(0).tolist() != Plan(100, 100, (1, 0)).rows(0).tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(*PLANS, st.integers(1, 9), st.integers(0, 3), st.booleans())
+def test_ranks_share_every_step_and_every_epoch(
+    n: int, batch: int, seed: int, world: int, epoch: int, blocks: bool
+) -> None:
+    """Any number of ranks takes all rows of a step between them, in shares that differ by one at most."""
+    plan = BlockPlan(n, batch, (seed,), 7, 3) if blocks else Plan(n, batch, (seed,))
+    covered: list[int] = []
+    for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
+        rows = plan.rows(step)
+        shares = [rows[deal(rows, rank, world)] for rank in range(world)]
+        assert sorted(np.concatenate(shares)) == sorted(rows)
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert len(covered) + epoch * n == cells_before(plan, step)
+        covered += np.concatenate(shares).tolist()
+    assert sorted(covered) == list(range(n))
+
+
+def test_one_rank_takes_rows_as_they_come_and_several_take_neighbours() -> None:
+    rows = np.array([40, 3, 17, 9, 28])
+    assert rows[deal(rows, 0, 1)].tolist() == rows.tolist()
+    assert [rows[deal(rows, rank, 2)].tolist() for rank in range(2)] == [[3, 9], [17, 28, 40]]

@@ -1,0 +1,171 @@
+"""`extend`: a finished run and new batches come in, the next version of the run goes out, in a directory of its own.
+
+Nothing of the run is made again: its files are linked or copied and rows are appended, so that the work is that of the
+new cells. The run that is extended is only read. The new version is a run like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from schelix_scale.compute import keep_memory_low, limited_threads, share_cores
+from schelix_scale.config import DataConfig
+from schelix_scale.errors import DataError
+from schelix_scale.extending.stages import EXTENSION, Extension
+from schelix_scale.mapping.api import Reference, merged_settings, query_batches, refuse_inside
+from schelix_scale.mapping.query import Query, correct, project
+from schelix_scale.mapping.settings import MapConfig
+from schelix_scale.progress import Reporter, RichReporter
+from schelix_scale.publish import remove
+from schelix_scale.run import Run, RunDirectory
+from schelix_scale.stores import CellStore, Source, open_configured
+from schelix_scale.stores.batches import Batches
+from schelix_scale.stores.checks import check_names
+from schelix_scale.stores.joined import source_address
+
+LEAST = 2
+
+
+def extend(
+    run: str | Path,
+    query: Source,
+    *,
+    out: str | Path,
+    batch_key: str | None = None,
+    layer: str = "X",
+    overwrite: bool = False,
+    config: MapConfig | str | Path | None = None,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> Run:
+    """Append new batches to a finished run, as its next version: features, graph and embedding, without training.
+
+    Cells of the run keep their rows, neighbours and embedding, bit by bit. New cells are projected and corrected as
+    `Reference.map` does it, and have neighbours among all cells, each other included; they come after the run's.
+
+    Parameters
+    ----------
+    run
+        The finished run. It is only read.
+    query
+        Whatever `open_store` opens.
+    out
+        The directory of the new version. An extension that was stopped there goes on.
+    batch_key
+        As in `Reference.map`. A batch whose name the run has already is a new one, and gets the version after it.
+    layer
+        Where the values of the query are.
+    overwrite
+        Start over: remove the run that is in ``out``.
+    config, **settings
+        Of the mapping: values, gene_key, min_genes.
+    threads
+        Those of the run by default.
+    reporter
+        Where progress goes; standard error by default.
+
+    Raises
+    ------
+    StoreError, DataError
+        The query cannot be read, or does not fit the run.
+    GraphError
+        Neighbours of new cells are found with a lower recall than ``graph.min_recall`` of the run.
+    RunError
+        ``run`` is not finished, or ``out`` holds something else.
+
+    Examples
+    --------
+    >>> extend("atlas-run", "new.h5ad", batch_key="donor", out="atlas-run-2")  # doctest: +SKIP
+    """
+    share_cores()
+    keep_memory_low()
+    reference = Reference.open(run, threads)
+    out = Path(out).expanduser()
+    refuse_inside(reference.path, out)
+    chosen = merged_settings(config, settings)
+    store = open_configured(query, DataConfig(layer=layer))
+    check_names(store)
+    batches = query_batches(store, batch_key, reference.frozen.config.data.batch_key)
+    _check_size(reference, store)
+    reporter = reporter or RichReporter()
+    source = _description(reference, store)
+    with (
+        RunDirectory.claim(out, reference.frozen.config, source, overwrite) as directory,
+        limited_threads(reference.threads),
+    ):
+        if not (directory.path / "manifest.json").exists() or directory.verify():
+            _fill(reference, store, batches, directory, chosen, reporter)
+    return Run.open(out)
+
+
+def _fill(
+    reference: Reference,
+    store: CellStore,
+    batches: Batches,
+    directory: RunDirectory,
+    settings: MapConfig,
+    reporter: Reporter,
+) -> None:
+    """Do the stages, and write the manifest."""
+    scratch = directory.path / EXTENSION
+    with RunDirectory.claim(scratch, directory.config, directory.source) as inner:
+        query = reference.query(store, batches, inner, settings, reporter)
+        project(query)
+        correct(query)
+        extension = Extension(query, directory)
+        extension.fill()
+        summary = _summary(reference, query, directory)
+    remove(scratch)
+    directory.finish_run(summary)
+
+
+def _check_size(reference: Reference, store: CellStore) -> None:
+    if store.n_cells < LEAST:
+        raise DataError(f"{store.source} has {store.n_cells} cell; an extension needs {LEAST}. Map it instead.")
+
+
+def _description(reference: Reference, store: CellStore) -> dict[str, Any]:
+    """Describe the cells of the new version: those of the run, and the new ones; with the chain of versions."""
+    before = reference.frozen.directory.source
+    own: dict[str, Any] = {"uri": source_address(store), "layer": store.layer, "fingerprint": store.fingerprint()}
+    own |= {**store.provenance(), "cells": store.n_cells}
+    known: dict[str, Any] = {key: before[key] for key in ("uri", "layer", "fingerprint") if key in before}
+    first: dict[str, Any] = {**known, "cells": reference.frozen.n_cells}
+    parts: Sequence[Any] = before.get("parts", [first])
+    content = f"{before['fingerprint']} + {own['fingerprint']} onto {reference.frozen.fingerprint}"
+    link = {
+        "path": str(reference.path.resolve()),
+        "fingerprint": reference.frozen.fingerprint,
+        "cells": reference.frozen.n_cells,
+    }
+    return {
+        "uri": f"extension of {reference.path.name} by {Path(store.source).name}",
+        "layer": store.layer,
+        "fingerprint": hashlib.sha256(content.encode()).hexdigest()[:32],
+        "extends": [*before.get("extends", []), link],
+        "parts": [*parts, own],
+    }
+
+
+def _summary(reference: Reference, query: Query, directory: RunDirectory) -> dict[str, Any]:
+    """Return the run's summary, with what the extension changed."""
+    before = Run.open(reference.path).manifest["summary"]
+    genes = query.directory.record("project").details
+    return {
+        **before,
+        "cells": reference.frozen.n_cells + query.store.n_cells,
+        "batches": before["batches"] + len(query.batches.names),
+        "operator_id": directory.record("train").details["operator_id"],
+        "seconds": round(sum(record.seconds for record in directory.records()), 1),
+        "version": len(directory.source["extends"]) + 1,
+        "extension": {
+            "cells": query.store.n_cells,
+            "batches": query.directory.record("correct").details["batches"],
+            "recall": directory.record("graph").details["extensions"][-1]["recall"],
+            **genes,
+        },
+    }

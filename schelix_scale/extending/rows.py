@@ -1,0 +1,134 @@
+"""New cells beside those of a run -> their neighbours among all, rows of the operator, diffused features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from schelix_scale.errors import GraphError
+from schelix_scale.graph.build import build_neighbors
+from schelix_scale.graph.nearest import nearest_in_blocks
+from schelix_scale.graph.vectors import row_blocks, unit_rows
+from schelix_scale.mapping.diffusion import Levels, mix, query_weights
+from schelix_scale.mapping.query import BLOCK, QUERY_BLOCK
+from schelix_scale.mapping.reference import Frozen
+from schelix_scale.stages.graph import graph_settings
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """Rows of the operator for m new cells: (m, k) columns among all cells, new ones from n on, distances, weights."""
+
+    indices_mk: np.ndarray
+    distances_mk: np.ndarray
+    weights_mk: np.ndarray
+
+
+def new_rows(
+    frozen: Frozen, anchor_md: np.ndarray, batch_m: np.ndarray, folder: Path, threads: int, budget: int
+) -> NewRows:
+    """Find the neighbours of new cells among the run's cells and each other, and weigh them as the run does.
+
+    Rows of the run's own cells stay: they have no new cell among their neighbours. ``folder`` is for what the search
+    keeps on disk.
+    """
+    settings, n = graph_settings(frozen.config), frozen.n_cells
+    indices, distances = _neighbors(frozen, anchor_md, folder, threads, budget)
+    k = indices.shape[1]
+    own_m = distances[:, min(settings.kernel_neighbor, k) - 1]
+    weights = np.empty(indices.shape, np.float32)
+    batch_n = np.r_[frozen.batch_n, batch_m]
+    for start, stop in row_blocks(len(indices), BLOCK):
+        columns = indices[start:stop]
+        width = np.maximum(own_m[np.maximum(columns - n, 0)], 1e-8).astype(np.float64)
+        old = columns < n
+        width[old] = frozen.widths(columns[old])
+        weights[start:stop] = query_weights(
+            distances[start:stop], width, batch_n[columns], frozen.theta, settings.kernel_neighbor
+        )
+    return NewRows(indices, distances, weights)
+
+
+def _neighbors(
+    frozen: Frozen, anchor_md: np.ndarray, folder: Path, threads: int, budget: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Merge the k nearest cells of the run and the k nearest new ones: (m, k) columns and distances."""
+    m, n, k = len(anchor_md), frozen.n_cells, frozen.neighbor_operator.indices_nk.shape[1]
+    parts = [
+        frozen.index.query(np.asarray(anchor_md[start:stop]), k, threads) for start, stop in row_blocks(m, QUERY_BLOCK)
+    ]
+    indices, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
+    among = frozen.config.graph.model_copy(update={"k": min(k, m - 1)})
+    found, _ = build_neighbors(anchor_md, folder, among, frozen.config.seed, threads, budget)
+    indices = np.hstack([indices, found.indices_nk.astype(np.int64) + n])
+    distances = np.hstack([distances, found.distances_nk])
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(indices, order, axis=1), np.take_along_axis(distances, order, axis=1)
+
+
+def audit_rows(frozen: Frozen, anchor_md: np.ndarray, rows: NewRows) -> dict[str, float | int]:
+    """Compare the neighbours of sampled new cells with their exact ones among all cells.
+
+    Raises
+    ------
+    GraphError
+        The recall is below ``graph.min_recall``.
+    """
+    config, (m, k) = frozen.config, rows.indices_mk.shape
+    rng = np.random.default_rng([config.seed, 0xA0D17, frozen.n_cells])
+    chosen = np.sort(rng.choice(m, min(config.graph.audit_cells, m), replace=False))
+    unit = unit_rows(anchor_md[chosen])
+    blocks = chain(
+        ((start, unit_rows(frozen.anchor_na[start:stop])) for start, stop in row_blocks(frozen.n_cells)),
+        ((frozen.n_cells + start, unit_rows(anchor_md[start:stop])) for start, stop in row_blocks(m)),
+    )
+    exact = nearest_in_blocks(unit, blocks, k, frozen.n_cells + chosen)[1]
+    columns = rows.indices_mk[chosen]
+    old = columns < frozen.n_cells
+    others = np.empty((*columns.shape, anchor_md.shape[1]), np.float32)
+    others[old] = frozen.anchor_na[columns[old]]
+    others[~old] = anchor_md[columns[~old] - frozen.n_cells]
+    cosine = np.einsum("md,mkd->mk", unit, unit_rows(others.reshape(-1, others.shape[2])).reshape(others.shape))
+    hits = (1 - cosine <= exact[:, -1:] + 1e-6).mean(axis=1)
+    recall, half = float(hits.mean()), float(1.96 * hits.std() / np.sqrt(len(hits)))
+    if recall < config.graph.min_recall:
+        raise GraphError(
+            f"{recall:.3f} of the exact neighbours of {len(hits)} sampled new cells were found; graph.min_recall of "
+            f"the run asks for {config.graph.min_recall}. Integrate all cells together instead."
+        )
+    return {
+        "recall": recall,
+        "low": max(0.0, recall - half),
+        "high": min(1.0, recall + half),
+        "cells": len(hits),
+        "first_row": frozen.n_cells,
+        "new_cells": m,
+    }
+
+
+def diffuse_rows(frozen: Frozen, levels: Levels, rows: NewRows, own_md: np.ndarray) -> np.ndarray:
+    """Diffuse new cells among all cells, (m, T, d): F^(t) of the run's own cells is as it was."""
+    settings, n, own = graph_settings(frozen.config), frozen.n_cells, np.asarray(own_md, np.float32)
+    out = np.empty((len(own), len(settings.hops), own.shape[1]), np.float32)
+    current = own
+    for hop in range(max(settings.hops) + 1):
+        if hop:
+            before, previous = hop - 1, current
+
+            def values(needed: np.ndarray, before: int = before, previous: np.ndarray = previous) -> np.ndarray:
+                old = needed < n
+                found = np.empty((len(needed), own.shape[1]), np.float32)
+                found[old] = levels.rows(before, needed[old])
+                found[~old] = previous[needed[~old] - n]
+                return found
+
+            current = np.empty_like(own)
+            for start, stop in row_blocks(len(own), BLOCK):
+                mixed = mix(rows.indices_mk[start:stop], rows.weights_mk[start:stop], values)
+                current[start:stop] = (1 - settings.restart) * mixed + settings.restart * own[start:stop]
+        if hop in settings.hops:
+            out[:, settings.hops.index(hop)] = current
+    return out

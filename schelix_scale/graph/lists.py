@@ -1,0 +1,198 @@
+"""Features -> lists of cells that point in similar directions: the index in which neighbours are searched.
+
+Two levels of k-means on a sample give the lists (an inverted file, Jegou et al. 2011, doi:10.1109/TPAMI.2010.57);
+cells are stored list after list, so that what a search reads lies together on disk.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from schelix_scale.graph.vectors import cell_dtype, forget, row_blocks, unit_rows
+from schelix_scale.publish import create_array
+from schelix_scale.scheduling import run_tasks
+
+LIST_CELLS, MAX_LISTS = 64, 65_536
+SAMPLE_A_LIST, ROUNDS = 20, 8
+NEAR_GROUPS = 12  # groups that are looked through for the lists near a list or a cell
+ASSIGN_CELLS, WRITE_CELLS = 50_000, 100_000
+ARRAYS = ("centroids", "groups", "starts", "cells", "vectors")
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Centroids of lists, in groups of lists that are near each other.
+
+    Attributes
+    ----------
+    centroids_md
+        (m, d) float32, those of a group side by side.
+    groups
+        (g + 1,) where the groups start among the centroids.
+    """
+
+    centroids_md: np.ndarray
+    groups: np.ndarray
+
+    @cached_property
+    def _halves(self) -> np.ndarray:
+        return np.asarray(0.5 * np.square(self.centroids_md).sum(axis=1))
+
+    @cached_property
+    def _coarse(self) -> tuple[np.ndarray, np.ndarray]:
+        """Means of the groups (g, d), and of each the groups nearest to it (g, NEAR_GROUPS), itself first."""
+        spans = zip(self.groups[:-1], self.groups[1:], strict=True)
+        means = np.stack([self.centroids_md[start:stop].mean(axis=0) for start, stop in spans])
+        scores = means @ means.T - 0.5 * np.square(means).sum(axis=1)
+        np.fill_diagonal(scores, np.inf)
+        return means, np.argsort(-scores, axis=1, kind="stable")[:, :NEAR_GROUPS]
+
+    def _lists_near(self, group: int) -> np.ndarray:
+        spans = [np.arange(self.groups[g], self.groups[g + 1]) for g in self._coarse[1][group]]
+        return np.concatenate(spans)
+
+    def near(self, chosen: int) -> np.ndarray:
+        """Return lists from the nearest to list ``chosen``, which is the first, to the farthest that is considered."""
+        group = int(np.searchsorted(self.groups, chosen, side="right")) - 1
+        others = self._lists_near(group)
+        scores = self.centroids_md[others] @ self.centroids_md[chosen] - self._halves[others]
+        scores[others == chosen] = np.inf
+        return np.asarray(others[np.argsort(-scores, kind="stable")])
+
+    def assign(self, unit_md: np.ndarray) -> np.ndarray:
+        """Return the list (m,) int32 whose centroid is nearest to each of the unit rows (m, d)."""
+        means, _ = self._coarse
+        group_m = (unit_md @ means.T - 0.5 * np.square(means).sum(axis=1)).argmax(axis=1)
+        chosen = np.empty(len(unit_md), np.int32)
+        for group in np.unique(group_m):
+            rows, lists = np.flatnonzero(group_m == group), self._lists_near(int(group))
+            scores = unit_md[rows] @ self.centroids_md[lists].T - self._halves[lists]
+            chosen[rows] = lists[scores.argmax(axis=1)]
+        return chosen
+
+
+def fit_lists(features_nd: np.ndarray, seed: int, workers: int, list_cells: int = LIST_CELLS) -> Lists:
+    """Cluster a sample of the rows of (n, d) features, by direction, into about n / ``list_cells`` lists."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+
+    n = len(features_nd)
+    wanted = min(MAX_LISTS, max(1, n // list_cells))
+    rng = np.random.default_rng([seed, 0x115])
+    size = min(n, SAMPLE_A_LIST * wanted)
+    sample = unit_rows(features_nd[np.sort(rng.choice(n, size, replace=False))])
+
+    def cluster(rows: np.ndarray, k: int) -> KMeans:
+        return KMeans(k, init="random", n_init=1, max_iter=ROUNDS, random_state=seed).fit(rows)
+
+    n_groups = max(1, round(wanted**0.5))
+    parts: list[np.ndarray] = [np.empty(0)] * n_groups
+
+    def split(group: int) -> int:
+        rows = sample[group_s == group]
+        k = min(len(rows), max(1, round(wanted * len(rows) / size)))
+        parts[group] = cluster(rows, k).cluster_centers_.astype(np.float32) if k else rows
+        return len(rows)
+
+    with warnings.catch_warnings():  # identical cells make fewer clusters: a list without cells does no harm
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        group_s = cluster(sample, n_groups).labels_
+        run_tasks(split, range(n_groups), workers)
+    parts = [part for part in parts if len(part)]
+    return Lists(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
+
+
+@dataclass(frozen=True)
+class CellIndex:
+    """Cells in the order of their lists.
+
+    Attributes
+    ----------
+    folder
+        Where it is stored.
+    lists
+        The lists' centroids.
+    starts
+        (m + 1,) position at which each list starts.
+    cells
+        (n,) row number of the cell at each position.
+    vectors_nd
+        (n, d) memory map of the features of the cells at each position, scaled to norm 1.
+    """
+
+    folder: Path
+    lists: Lists
+    starts: np.ndarray
+    cells: np.ndarray
+    vectors_nd: np.ndarray
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells, n."""
+        return len(self.cells)
+
+    def positions(self) -> np.ndarray:
+        """Return the position (n,) of each row number."""
+        places = np.empty(self.n_cells, self.cells.dtype)
+        places[self.cells] = np.arange(self.n_cells, dtype=self.cells.dtype)
+        return places
+
+    def members(self, lists: np.ndarray) -> np.ndarray:
+        """Return the positions of the cells in lists, list after list as they are given."""
+        begin = self.starts[lists]
+        sizes = self.starts[lists + 1] - begin
+        before = np.cumsum(sizes) - sizes
+        return np.asarray(np.repeat(begin - before, sizes) + np.arange(sizes.sum()))
+
+    @classmethod
+    def build(
+        cls,
+        features_nd: np.ndarray,
+        folder: Path,
+        seed: int,
+        workers: int,
+        advance: Callable[[int], None] = lambda _: None,
+        list_cells: int = LIST_CELLS,
+    ) -> Self:
+        """Write the index of (n, d) features into ``folder``; ``advance`` goes through 2 n cells."""
+        folder.mkdir(parents=True, exist_ok=True)
+        n, d = features_nd.shape
+        lists = fit_lists(features_nd, seed, workers, list_cells)
+        list_n = np.empty(n, np.int32)
+
+        def assign(span: tuple[int, int]) -> int:
+            start, stop = span
+            list_n[start:stop] = lists.assign(unit_rows(features_nd[start:stop]))
+            return stop - start
+
+        run_tasks(assign, list(row_blocks(n, ASSIGN_CELLS)), workers, advance=advance)
+        cells = np.argsort(list_n, kind="stable").astype(cell_dtype(n))
+        starts = np.searchsorted(list_n[cells], np.arange(len(lists.centroids_md) + 1))
+        vectors = create_array(folder / "vectors.npy", (n, d), np.float32)
+
+        def write(span: tuple[int, int]) -> int:
+            start, stop = span
+            vectors[start:stop] = unit_rows(features_nd[cells[start:stop]])
+            forget(vectors, features_nd)
+            return stop - start
+
+        run_tasks(write, list(row_blocks(n, WRITE_CELLS)), 1, advance=advance)
+        vectors.flush()
+        small = {"centroids": lists.centroids_md, "groups": lists.groups, "starts": starts, "cells": cells}
+        for name, values in small.items():
+            np.save(folder / f"{name}.npy", values)
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Open the index in ``folder``; vectors stay on disk."""
+        centroids, groups, starts = (np.load(folder / f"{name}.npy") for name in ARRAYS[:3])
+        cells, vectors = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS[3:])
+        return cls(folder, Lists(centroids, groups), starts, np.asarray(cells), vectors)

@@ -1,0 +1,154 @@
+"""Neighbours of new cells among the cells of a graph, in its index: opened in no time, and safe from several threads.
+
+Nothing is prepared or compiled, and a query changes nothing: what a cell gets does not depend on other queries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from schelix_scale.errors import GraphError
+from schelix_scale.graph.build import INDEX
+from schelix_scale.graph.descent import GROUP_CELLS, MIN_CANDIDATES, PROBES
+from schelix_scale.graph.lists import CellIndex
+from schelix_scale.graph.nearest import distinct, nearest, nearest_in_blocks
+from schelix_scale.graph.vectors import row_blocks, unit_rows
+from schelix_scale.scheduling import run_tasks
+
+EXACT_QUERIES = 1_000
+EXPAND = 10  # neighbours whose neighbours in the graph are looked at
+
+
+@dataclass(frozen=True)
+class QueryIndex:
+    """The cells of a graph, ready to be searched.
+
+    Attributes
+    ----------
+    features_nd
+        (n, d) features of the graph's cells.
+    indices_nk
+        (n, k) neighbours in the graph.
+    index
+        The index of the graph; None if its search was exact: so are queries.
+    position_n
+        (n,) position of each cell in the index.
+    """
+
+    features_nd: np.ndarray
+    indices_nk: np.ndarray
+    index: CellIndex | None
+    position_n: np.ndarray
+
+    @classmethod
+    def open(cls, graph: Path, features_nd: np.ndarray) -> Self:
+        """Open what was stored with the operator in ``graph`` (``RUN/graph/<operator id>``).
+
+        Parameters
+        ----------
+        features_nd
+            (n, d) features that the graph was built from, in memory or a memory map.
+
+        Raises
+        ------
+        GraphError
+            The features are not those of the graph.
+        """
+        indices = np.load(graph / "indices.npy", mmap_mode="r")
+        index = CellIndex.open(graph / INDEX) if (graph / INDEX).is_dir() else None
+        shape = features_nd.shape if index is None else index.vectors_nd.shape
+        if len(indices) != len(features_nd) or shape != features_nd.shape:
+            raise GraphError(
+                f"{graph} is a graph of {len(indices):,} cells, and the features are those of {len(features_nd):,} "
+                f"with {features_nd.shape[1]} dimensions. Check the run: schelix verify."
+            )
+        return cls(features_nd, indices, index, np.zeros(0, np.int32) if index is None else index.positions())
+
+    @property
+    def exact(self) -> bool:
+        """Whether queries are searched exactly."""
+        return self.index is None
+
+    def query(self, features_md: np.ndarray, k: int, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Find the k cells nearest to each of (m, d) features by cosine: row numbers and distances, nearest first.
+
+        Returns
+        -------
+        (m, k) int64 row numbers of cells of the graph, and (m, k) float32 cosine distances.
+
+        Raises
+        ------
+        GraphError
+            There are not k cells, or the features have other dimensions.
+        """
+        n, d = self.features_nd.shape
+        if k > n or features_md.shape[1] != d:
+            raise GraphError(
+                f"{k} neighbours with {features_md.shape[1]} dimensions were asked of {n} cells with {d}: ask for "
+                "fewer neighbours, or make the features with the reference's own projection."
+            )
+        unit, rows = unit_rows(features_md), np.empty((len(features_md), k), np.int64)
+
+        def exactly(span: tuple[int, int]) -> int:
+            chosen = slice(*span)
+            blocks = ((start, unit_rows(self.features_nd[start:stop])) for start, stop in row_blocks(n))
+            rows[chosen] = nearest_in_blocks(unit[chosen], blocks, k)[0]
+            return span[1] - span[0]
+
+        def in_lists(group: tuple[int, np.ndarray]) -> int:
+            chosen, queries = group
+            rows[queries] = self._search(chosen, unit[queries], k)
+            return len(queries)
+
+        with threadpool_limits(1):
+            if self.index is None:
+                run_tasks(exactly, list(row_blocks(len(unit), EXACT_QUERIES)), threads)
+            elif len(unit):
+                run_tasks(in_lists, self._groups(unit), threads)
+        return self._ranked(unit, rows)
+
+    def _groups(self, unit_md: np.ndarray) -> list[tuple[int, np.ndarray]]:
+        """Return the queries by the list that they are nearest to."""
+        assert self.index is not None
+        list_m = np.concatenate([self.index.lists.assign(unit_md[a:b]) for a, b in row_blocks(len(unit_md))])
+        order = np.argsort(list_m, kind="stable")
+        groups = np.split(order, np.flatnonzero(np.diff(list_m[order])) + 1)
+        return [
+            (int(list_m[rows[0]]), rows[start:stop])
+            for rows in groups
+            for start, stop in row_blocks(len(rows), GROUP_CELLS)
+        ]
+
+    def _search(self, chosen: int, unit_qd: np.ndarray, k: int) -> np.ndarray:
+        """Search the lists near one, then the neighbours in the graph of what was found."""
+        index = self.index
+        assert index is not None
+        near = index.lists.near(chosen)
+        held = np.cumsum(index.starts[near + 1] - index.starts[near])
+        enough = int(np.searchsorted(held, max(4 * k, MIN_CANDIDATES))) + 1
+        candidates = index.members(near[: max(PROBES, enough)])
+        if len(candidates) < k:
+            candidates = np.arange(index.n_cells)
+        columns, _ = nearest(unit_qd @ index.vectors_nd[candidates].T, k)
+        found = candidates[columns]
+        around = self.indices_nk[index.cells[distinct(found[:, :EXPAND])]]
+        candidates = distinct(np.concatenate([found.ravel(), self.position_n[around].ravel()]))
+        columns, _ = nearest(unit_qd @ index.vectors_nd[candidates].T, k)
+        return np.asarray(index.cells[candidates[columns]])
+
+    def _ranked(self, unit_md: np.ndarray, rows_mk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Order neighbours by their distances, computed one by one: so they are the same in any company."""
+        distances = np.empty(rows_mk.shape, np.float32)
+        for start, stop in row_blocks(len(rows_mk)):
+            found = rows_mk[start:stop]
+            near = unit_rows(self.features_nd[found.ravel()]).reshape(*found.shape, -1)
+            away = np.maximum(1 - np.einsum("md,mkd->mk", unit_md[start:stop], near), 0)
+            order = np.lexsort((found, away), axis=1)
+            rows_mk[start:stop] = np.take_along_axis(found, order, axis=1)
+            distances[start:stop] = np.take_along_axis(away, order, axis=1)
+        return rows_mk, distances

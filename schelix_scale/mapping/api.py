@@ -1,0 +1,347 @@
+"""`Reference` and `map_cells`: a finished run and new cells come in, a `Mapped` goes out. Nothing is trained."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, final
+
+import numpy as np
+
+from schelix_scale.compute import keep_memory_low, limited_threads, share_cores, thread_count
+from schelix_scale.config import DataConfig, memory_budget
+from schelix_scale.errors import RunError
+from schelix_scale.mapping.calibration import Calibration
+from schelix_scale.mapping.encode import MAPPED, encode_query, find_calibration
+from schelix_scale.mapping.query import Query, correct, find_neighbors, project
+from schelix_scale.mapping.reference import MAPPED_ONTO, Frozen, Once
+from schelix_scale.mapping.settings import MapConfig, load_map_config
+from schelix_scale.progress import QuietReporter, Reporter, RichReporter
+from schelix_scale.records import read_json
+from schelix_scale.run_directory import RunDirectory
+from schelix_scale.stores import CellStore, Source, open_configured
+from schelix_scale.stores.batches import Batches, batch_columns, read_batches
+from schelix_scale.stores.checks import check_names
+from schelix_scale.stores.joined import JoinedStore, source_address
+from schelix_scale.transfer import Labels
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from anndata import AnnData
+
+KEY = "X_schelix"
+
+
+@final
+class Mapped:
+    """Cells mapped onto a reference: their latent, labels and novelty, in the order of the query.
+
+    Attributes
+    ----------
+    adata
+        obs (the query's columns and ours, which begin with ``schelix_``), ``obsm["X_schelix"]``, provenance in uns.
+    manifest
+        Reference, genes that were matched, batches, settings, checksums.
+    path
+        The directory; None if the mapping was not kept.
+    """
+
+    def __init__(self, adata: AnnData, manifest: dict[str, Any], path: Path | None) -> None:
+        self.adata, self.manifest, self.path = adata, manifest, path
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Read the mapping in directory ``path``.
+
+        Raises
+        ------
+        RunError
+            It is not a finished mapping.
+        """
+        directory = RunDirectory.open(path, finished=True)
+        if MAPPED_ONTO not in directory.source:
+            raise RunError(f"{directory.path} is a run, not a mapping. Read it with Run.open.")
+        return cls(_read(directory.path), read_json(directory.path / "manifest.json"), directory.path)
+
+    @property
+    def embedding(self) -> np.ndarray:
+        """The latent of the query's cells, ``z_nd`` (n, d) float32."""
+        return np.asarray(self.adata.obsm[KEY])
+
+    @property
+    def obs(self) -> pd.DataFrame:
+        """One row a cell."""
+        return self.adata.obs
+
+    def __repr__(self) -> str:
+        """Return size, reference and share of novel cells."""
+        summary = self.manifest["summary"]
+        return f"Mapped({summary['cells']:,} cells onto {summary['reference']}, {summary['novel_share']:.1%} novel)"
+
+
+@final
+class Reference:
+    """A finished run that new batches are mapped onto.
+
+    Opening reads little; what is needed is read once and kept, so that a service opens one and maps many queries,
+    from several threads at once if it likes: each call has its own answers. The run is only read.
+
+    Examples
+    --------
+    >>> reference = Reference.open("atlas-run")  # doctest: +SKIP
+    >>> mapped = reference.map("new.h5ad", batch_key="donor", label_key="cell_type")  # doctest: +SKIP
+    >>> mapped.obs["schelix_cell_type"]  # doctest: +SKIP
+    """
+
+    def __init__(self, frozen: Frozen, threads: int | None = None) -> None:
+        self.frozen = frozen
+        self.threads = threads or thread_count(frozen.config)
+        self._once = Once(frozen)
+        self._lock = threading.Lock()
+        self._labels: dict[str, Labels] = {}
+        self._calibrations: dict[tuple[object, ...], Calibration] = {}
+
+    @classmethod
+    def open(cls, path: str | Path, threads: int | None = None) -> Self:
+        """Open the finished run in directory ``path``; ``threads`` of each mapping are those of the run by default.
+
+        Raises
+        ------
+        RunError
+            It is not a run, or not a finished one.
+        """
+        return cls(Frozen.open(path), threads)
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self.frozen.directory.path
+
+    def map(
+        self,
+        query: Source,
+        *,
+        batch_key: str | None = None,
+        label_key: str | Sequence[str] = (),
+        out: str | Path | None = None,
+        layer: str = "X",
+        overwrite: bool = False,
+        config: MapConfig | str | Path | None = None,
+        reporter: Reporter | None = None,
+        **settings: Any,
+    ) -> Mapped:
+        """Map new batches.
+
+        Parameters
+        ----------
+        query
+            Whatever `open_store` opens.
+        batch_key
+            The obs column (or columns, with commas between) that names each cell's batch. By default that of the
+            reference, if the query has it, else each file of several, else all is one batch.
+        label_key
+            obs columns of the reference whose labels are transferred.
+        out
+            A directory for the mapping; one that is there is continued. Nothing is kept without it.
+        layer
+            Where the values of the query are.
+        overwrite
+            Start over: remove the mapping that is in ``out``.
+        config
+            Settings, or a TOML file of them.
+        reporter
+            Where progress goes; nowhere by default.
+        **settings
+            Single settings, as ``coverage=0.95``; they win over ``config``.
+
+        Raises
+        ------
+        StoreError, DataError
+            The query cannot be read, shares too few genes with the reference, or has no such batches; the reference
+            carries no such labels.
+        ConfigError
+            A setting is unknown or has a bad value.
+        RunError
+            ``out`` holds something else.
+        """
+        chosen = merged_settings(config, settings)
+        keys = (label_key,) if isinstance(label_key, str) else tuple(dict.fromkeys(label_key))
+        store = open_configured(query, DataConfig(layer=layer))
+        if out is not None:
+            self._fill(store, batch_key, keys, Path(out).expanduser(), overwrite, chosen, reporter)
+            return Mapped.open(out)
+        with tempfile.TemporaryDirectory(prefix="schelix-map-") as scratch:
+            folder = Path(scratch) / "mapped"
+            self._fill(store, batch_key, keys, folder, False, chosen, reporter)
+            return Mapped(_read(folder), read_json(folder / "manifest.json"), None)
+
+    def _fill(
+        self,
+        store: CellStore,
+        batch_key: str | None,
+        keys: tuple[str, ...],
+        out: Path,
+        overwrite: bool,
+        settings: MapConfig,
+        reporter: Reporter | None,
+    ) -> None:
+        """Do the stages of a mapping in a directory, and write its manifest."""
+        refuse_inside(self.path, out)
+        check_names(store)
+        batches = query_batches(store, batch_key, self.frozen.config.data.batch_key)
+        labels = self._label_columns(keys)
+        source = self._description(store)
+        with RunDirectory.claim(out, self.frozen.config, source, overwrite) as directory:
+            query = self.query(store, batches, directory, settings, reporter)
+            calibration_key = (keys, settings.calibration_cells, settings.calibration_batches)
+            with self._lock:  # calibrated once for all threads
+                known = self._calibrations.get(calibration_key)
+                calibration, _ = find_calibration(query, labels, known)
+                self._calibrations[calibration_key] = calibration
+            project(query)
+            correct(query)
+            find_neighbors(query)
+            encode_query(query, labels, calibration)
+            if not (directory.path / "manifest.json").exists():
+                directory.finish_run(self._summary(query, keys))
+
+    def query(
+        self,
+        store: CellStore,
+        batches: Batches,
+        directory: RunDirectory,
+        settings: MapConfig,
+        reporter: Reporter | None = None,
+    ) -> Query:
+        """Return a mapping of a store in a claimed directory, with all that threads share computed before."""
+        frozen = self.frozen
+        self._once.ready("clusters", "novelty", "index", "model", "diffused", "neighbor_operator", "fingerprint")
+        if store.n_cells * frozen.config.graph.k >= frozen.n_cells:
+            self._once.ready("materialized")
+        return Query(
+            store,
+            batches,
+            frozen,
+            directory,
+            settings,
+            reporter or QuietReporter(),
+            self.threads,
+            memory_budget(frozen.config),
+        )
+
+    def _label_columns(self, keys: tuple[str, ...]) -> list[Labels]:
+        with self._lock:
+            for key in keys:
+                if key not in self._labels:
+                    self._labels |= {key: self.frozen.labels((key,))[0]}
+            return [self._labels[key] for key in keys]
+
+    def _description(self, store: CellStore) -> dict[str, Any]:
+        onto = {"path": str(self.path.resolve()), "fingerprint": self.frozen.fingerprint}
+        fingerprint = f"{store.fingerprint()} onto {self.frozen.fingerprint}"
+        return {
+            "uri": source_address(store),
+            "layer": store.layer,
+            "fingerprint": fingerprint,
+            MAPPED_ONTO: onto,
+            **store.provenance(),
+        }
+
+    def _summary(self, query: Query, keys: tuple[str, ...]) -> dict[str, Any]:
+        directory = query.directory
+        genes = directory.record("project").details
+        return {
+            "cells": query.store.n_cells,
+            "batches": len(query.batches.names),
+            "reference": str(self.path),
+            "reference_fingerprint": self.frozen.fingerprint,
+            "reference_cells": self.frozen.n_cells,
+            **genes,
+            "labels": list(keys),
+            "settings": query.settings.model_dump(mode="json"),
+            "novel_share": directory.record("map").details["novel_share"],
+            "seconds": round(sum(record.seconds for record in directory.records()), 1),
+        }
+
+
+def map_cells(
+    run: str | Path,
+    query: Source,
+    *,
+    batch_key: str | None = None,
+    label_key: str | Sequence[str] = (),
+    out: str | Path | None = None,
+    layer: str = "X",
+    overwrite: bool = False,
+    config: MapConfig | str | Path | None = None,
+    threads: int | None = None,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> Mapped:
+    """Map new batches onto a finished run, without training; see `Reference.map`.
+
+    Parameters are those of `Reference.map`; ``run``, the directory of the reference; and ``threads``, all cores by
+    default. Progress goes to standard error.
+
+    Examples
+    --------
+    >>> mapped = map_cells("atlas-run", "new.h5ad", batch_key="donor", label_key="cell_type")  # doctest: +SKIP
+    >>> mapped.embedding.shape  # doctest: +SKIP
+    (4200, 30)
+    """
+    share_cores()
+    keep_memory_low()
+    reference = Reference.open(run, threads)
+    with limited_threads(reference.threads):
+        return reference.map(
+            query,
+            batch_key=batch_key,
+            label_key=label_key,
+            out=out,
+            layer=layer,
+            overwrite=overwrite,
+            config=config,
+            reporter=reporter or RichReporter(),
+            **settings,
+        )
+
+
+def query_batches(store: CellStore, batch_key: str | None, default: str) -> Batches:
+    """Read the batches of a query: of the key that was given, else of the reference's, else files, else one batch."""
+    if batch_key is None and all(name in store.obs_columns for name in batch_columns(store, default)):
+        batch_key = default
+    elif batch_key is None and isinstance(store, JoinedStore):
+        batch_key = store.file_column
+    if batch_key is None:
+        n = store.n_cells
+        name = Path(store.source).stem or "query"
+        return Batches(np.zeros(n, np.int32), [name], np.array([n]))
+    return read_batches(store, batch_key, least=1)
+
+
+def refuse_inside(run: Path, out: Path) -> None:
+    """Raise if a directory is the reference, inside it, or holds it.
+
+    Raises
+    ------
+    RunError
+        It is; the reference is never written to.
+    """
+    there, home = out.resolve(), run.resolve()
+    if there == home or there.is_relative_to(home) or home.is_relative_to(there):
+        raise RunError(f"{out} is the reference, inside it or around it; it is never changed. Name another directory.")
+
+
+def merged_settings(config: MapConfig | str | Path | None, settings: dict[str, Any]) -> MapConfig:
+    """Combine settings, or a TOML file of them, with single ones, which win."""
+    if isinstance(config, MapConfig):
+        return load_map_config(None, {**config.model_dump(), **settings})
+    return load_map_config(config, settings)
+
+
+def _read(folder: Path) -> AnnData:
+    import anndata
+
+    return anndata.read_zarr(folder / MAPPED)

@@ -1,0 +1,162 @@
+"""Batches of the reference, mapped as if they were new -> what calibrates labels and novelty.
+
+Each held-out batch goes through the same steps as a query: its displacement is fitted anew (and may not be that which
+the reference fitted to it), and its cells find their neighbours among the cells of all other batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from schelix_scale.errors import DataError
+from schelix_scale.graph.nearest import nearest_in_blocks
+from schelix_scale.graph.vectors import row_blocks, unit_rows
+from schelix_scale.mapping.correction import PROBES, fit_batch, shifted
+from schelix_scale.mapping.reference import Frozen
+from schelix_scale.mapping.settings import MapConfig
+from schelix_scale.transfer import (
+    NOT_LABELLED,
+    LabelCalibration,
+    Labels,
+    NoveltyCalibration,
+    batch_weights,
+    vote,
+)
+
+EXACT_BELOW = 60_000
+WIDER = 6
+FIT_CELLS = 5_000
+LEAST = 20
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Of novelty, and of each label column."""
+
+    novelty: NoveltyCalibration
+    labels: tuple[LabelCalibration, ...]
+
+    def save(self, path: Path) -> None:
+        """Write all arrays to an .npz file."""
+        arrays: dict[str, np.ndarray] = {"novelty": self.novelty.scores_s, "novelty_weight": self.novelty.weight_s}
+        for place, label in enumerate(self.labels):
+            arrays |= {f"scores_{place}": label.scores_s, f"weight_{place}": label.weight_s}
+            arrays[f"sharpening_{place}"] = np.array([label.temperature, label.floor])
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path) -> Calibration:
+        """Read what `save` wrote."""
+        with np.load(path) as file:
+            count = sum(name.startswith("scores_") for name in file.files)
+            labels = tuple(
+                LabelCalibration(
+                    float(file[f"sharpening_{i}"][0]),
+                    float(file[f"sharpening_{i}"][1]),
+                    file[f"scores_{i}"],
+                    file[f"weight_{i}"],
+                )
+                for i in range(count)
+            )
+            return cls(NoveltyCalibration(file["novelty"], file["novelty_weight"]), labels)
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Held-out cells (s,): their rows, neighbours in other batches, and novelty scores."""
+
+    rows: np.ndarray
+    indices: np.ndarray
+    distances: np.ndarray
+    scores: np.ndarray
+
+
+def calibrate(
+    frozen: Frozen, labels: Sequence[Labels], settings: MapConfig, advance: Callable[[int], None] = lambda _: None
+) -> Calibration:
+    """Hold out batches of the reference and fit what turns votes into probabilities and scores into p-values.
+
+    A cell whose label no other batch has is novel, and left out.
+
+    Raises
+    ------
+    DataError
+        Fewer than 20 held-out cells have a label that other batches have too.
+    """
+    held_out = hold_out(frozen, settings, advance)
+    batch_s = frozen.batch_n[held_out.rows]
+    seen_s = np.ones(len(batch_s), bool)
+    fitted = []
+    for column in labels:
+        true_s = column.code_n[held_out.rows]
+        elsewhere_s = _elsewhere(column.code_n, frozen.batch_n, true_s, batch_s)
+        seen_s &= elsewhere_s | (true_s == NOT_LABELLED)
+        chosen = np.flatnonzero(elsewhere_s & (true_s != NOT_LABELLED))
+        if len(chosen) < LEAST:
+            raise DataError(
+                f"label_key {column.key!r}: {len(chosen)} held-out cells of the reference have a label that another "
+                f"batch has too; {LEAST} are needed to calibrate it. Labels that are batches cannot be transferred."
+            )
+        votes = vote(held_out.distances[chosen], column.code_n[held_out.indices[chosen]], len(column.names))
+        fitted.append(LabelCalibration.fit(votes, true_s[chosen], batch_weights(batch_s[chosen])))
+    if not seen_s.any():
+        seen_s[:] = True
+    novelty = NoveltyCalibration.fit(held_out.scores[seen_s], batch_weights(batch_s[seen_s]))
+    return Calibration(novelty, tuple(fitted))
+
+
+def hold_out(frozen: Frozen, settings: MapConfig, advance: Callable[[int], None] = lambda _: None) -> _HeldOut:
+    """Map cells of batches of the reference onto the others."""
+    rng = np.random.default_rng([frozen.config.seed, 0xCA1])
+    batches = np.unique(frozen.batch_n)
+    if len(batches) > settings.calibration_batches:
+        batches = np.sort(rng.choice(batches, settings.calibration_batches, replace=False))
+    share = max(1, settings.calibration_cells // len(batches))
+    parts = []
+    for batch in batches:
+        cells = np.flatnonzero(frozen.batch_n == batch)
+        fit = np.sort(rng.choice(cells, min(FIT_CELLS, len(cells)), replace=False))
+        rows = np.sort(rng.choice(fit, min(share, len(fit)), replace=False))
+        if len(cells) < frozen.n_cells - frozen.config.graph.k:
+            parts.append(_map_batch(frozen, int(batch), fit, rows))
+        advance(share)
+    return _HeldOut(*(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+
+
+def _map_batch(frozen: Frozen, batch: int, fit: np.ndarray, rows: np.ndarray) -> _HeldOut:
+    raw, corrected = np.asarray(frozen.raw_na[rows]), np.asarray(frozen.anchor_na[rows])
+    if frozen.corrects:
+        empty = np.zeros((len(fit), 0), np.float32)
+        clusters = frozen.clusters.without_variants()
+        probes = np.linspace(0, len(fit) - 1, min(PROBES, len(fit))).astype(int)
+        shift = fit_batch(clusters, np.asarray(frozen.raw_na[fit]), empty, probes, leave_out=batch)
+        corrected, _ = shifted(clusters, shift, raw, empty[: len(rows)], frozen.streams.strength)
+    indices, distances = _neighbors_elsewhere(frozen, corrected, batch)
+    return _HeldOut(rows, indices, distances, frozen.novelty(raw, corrected, distances, frozen.widths(indices)))
+
+
+def _neighbors_elsewhere(frozen: Frozen, corrected_md: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbours among cells of other batches: (m, k) rows and distances."""
+    k = frozen.config.graph.k
+    if frozen.n_cells > EXACT_BELOW:
+        found, distances = frozen.index.query(corrected_md, min(WIDER * k, frozen.n_cells))
+        other = frozen.batch_n[found] != batch
+        order = np.argsort(~other, axis=1, kind="stable")[:, :k]
+        if np.take_along_axis(other, order, axis=1).all():
+            return np.take_along_axis(found, order, axis=1), np.take_along_axis(distances, order, axis=1)
+    others = np.flatnonzero(frozen.batch_n != batch)
+    blocks = ((start, unit_rows(frozen.anchor_na[others[start:stop]])) for start, stop in row_blocks(len(others)))
+    indices, distances = nearest_in_blocks(unit_rows(corrected_md), blocks, k)
+    return others[indices], distances
+
+
+def _elsewhere(code_n: np.ndarray, batch_n: np.ndarray, true_s: np.ndarray, batch_s: np.ndarray) -> np.ndarray:
+    """Whether a batch other than the cell's own has its label, (s,) bool."""
+    known = code_n != NOT_LABELLED
+    there = np.zeros((int(code_n.max(initial=0)) + 2, int(batch_n.max()) + 1), bool)
+    there[code_n[known], batch_n[known]] = True
+    return np.asarray(there[true_s].sum(axis=1) > there[true_s, batch_s])

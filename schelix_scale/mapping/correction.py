@@ -1,0 +1,263 @@
+"""A batch that the reference has not seen -> what it is displaced by in each soft cluster of the reference.
+
+The form is that of the reference's own correction (a mixture of linear experts, as Symphony maps queries: Kang et al.
+2021), with the reference's clusters and centres fixed and one batch at a time, so that no batch depends on another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from schelix_scale.features.correction import RIDGE_SHARE, SIGMA, MixtureCorrection
+
+ROUNDS = 8
+PRIOR_CELLS = 10.0
+BLOCK = 20_000
+PROBES = 500
+LIKELY = 0.95
+MIN_CELLS = 10
+COHERENT = 3.0
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The reference's soft clusters: where their cells are, and how batches are displaced in them.
+
+    Attributes
+    ----------
+    correction
+        The reference's, of the Anchors.
+    variant_shift_kbd
+        (K, b, v) displacement of the Variants; v is 0 without any.
+    centre_kd, variant_kv
+        (K, d) and (K, v) mean of the corrected components: what a batch without displacement has.
+    share_k
+        (K,) share of the reference's cells, sums to 1.
+    usual_shift, usual_departure
+        Norm of a batch's displacement in a cluster, and of how it departs from the batch's median displacement, that
+        95 % of the reference's clusters and batches stay below.
+    """
+
+    correction: MixtureCorrection
+    variant_shift_kbd: np.ndarray
+    centre_kd: np.ndarray
+    variant_kv: np.ndarray
+    share_k: np.ndarray
+    usual_shift: float
+    usual_departure: float
+
+    @classmethod
+    def of_cells(
+        cls,
+        correction: MixtureCorrection,
+        variant_shift_kbd: np.ndarray,
+        anchor_sd: np.ndarray,
+        variant_sv: np.ndarray,
+        batch_s: np.ndarray,
+    ) -> Clusters:
+        """Measure the clusters on s reference cells.
+
+        Parameters
+        ----------
+        anchor_sd
+            (s, d) uncorrected Anchor components.
+        variant_sv
+            (s, v) Variant components, corrected by the whole displacement.
+        batch_s
+            (s,) batch codes.
+        """
+        corrected, weights_sk = correction.apply_with_weights(anchor_sd, batch_s)
+        mass_k = weights_sk.sum(axis=0)
+        scale = 1 / np.maximum(mass_k, 1e-9)[:, None]
+        n_batches = correction.shift_kbd.shape[1]
+        occupied_kb = np.stack([weights_sk[batch_s == b].sum(axis=0) for b in range(n_batches)], axis=1) >= MIN_CELLS
+        shifts, departures = [np.zeros(1)], [np.zeros(1)]
+        for batch in range(n_batches):
+            shift_kd = correction.shift_kbd[occupied_kb[:, batch], batch]
+            if len(shift_kd):
+                shifts.append(np.linalg.norm(shift_kd, axis=1))
+                departures.append(np.linalg.norm(shift_kd - np.median(shift_kd, axis=0), axis=1))
+        return cls(
+            correction,
+            variant_shift_kbd,
+            weights_sk.T @ corrected * scale,
+            weights_sk.T @ variant_sv * scale,
+            mass_k / mass_k.sum(),
+            float(np.quantile(np.concatenate(shifts), LIKELY)),
+            float(np.quantile(np.concatenate(departures), LIKELY)),
+        )
+
+    def without_variants(self) -> Clusters:
+        """Return the clusters of the Anchors alone."""
+        return replace(self, variant_shift_kbd=self.variant_shift_kbd[:, :, :0], variant_kv=self.variant_kv[:, :0])
+
+    def weights(self, z_nd: np.ndarray) -> np.ndarray:
+        """Soft cluster weights (n, K) of corrected cells of a new batch: no batch is expected anywhere."""
+        unit = z_nd / np.maximum(np.linalg.norm(z_nd, axis=1, keepdims=True), 1e-12)
+        logits = 2.0 / SIGMA * (unit @ self.correction.centroids_kd.T)
+        logits -= logits.max(axis=1, keepdims=True)
+        weights = np.exp(logits)
+        return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+    def extended(self, shifts: list[BatchShift]) -> tuple[MixtureCorrection, np.ndarray]:
+        """Return the reference's correction, and its shifts of the Variants, with new batches after its own."""
+        if not shifts:
+            return self.correction, self.variant_shift_kbd
+        k = len(self.centre_kd)
+        old = self.correction
+        anchor = np.concatenate([old.shift_kbd, np.stack([shift.anchor_kd for shift in shifts], axis=1)], axis=1)
+        variant = np.concatenate(
+            [self.variant_shift_kbd, np.stack([shift.variant_kv for shift in shifts], axis=1)], axis=1
+        )
+        penalty = np.concatenate([old.penalty_kb, np.zeros((k, len(shifts)), old.penalty_kb.dtype)], axis=1)
+        return MixtureCorrection(old.centroids_kd, penalty, anchor.astype(np.float32)), variant.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class BatchShift:
+    """Displacement of a new batch in each cluster.
+
+    Attributes
+    ----------
+    anchor_kd, variant_kv
+        (K, d) and (K, v).
+    like
+        The reference's batch that it starts from, -1 if none fits better than no displacement.
+    held_back
+        Share of its cells that are in clusters whose displacement was limited: more would not be a batch effect.
+    """
+
+    anchor_kd: np.ndarray
+    variant_kv: np.ndarray
+    like: int
+    held_back: float
+
+
+def fit_batch(
+    clusters: Clusters,
+    anchor_nd: np.ndarray,
+    variant_nv: np.ndarray,
+    probes: np.ndarray,
+    leave_out: int | None = None,
+) -> BatchShift:
+    """Fit the displacement of a new batch, in closed form and a few rounds.
+
+    In a cluster with N_k of its cells (softly counted) and centre mu_k, with P_k that of the reference's batch that it
+    is most like: W_k = P_k + N_k / (N_k + lambda_k) (mean residual from mu_k - P_k). lambda_k is a fifth of the cells
+    expected in the cluster, as for the reference, and at least 10 cells: few cells, or none, change little.
+
+    A displacement that is unlike both those of the batch in its other clusters and any of the reference is taken
+    for biology (a type that the reference lacks) and held back, the more the farther it is.
+
+    Parameters
+    ----------
+    anchor_nd, variant_nv
+        (n, d) and (n, v) uncorrected components of the batch's cells.
+    probes
+        (p,) cells on which it is decided which batch it is most like.
+    leave_out
+        A batch of the reference that it may not be like, since it is the batch itself.
+    """
+    like = _most_like(clusters, np.asarray(anchor_nd[probes], np.float64), leave_out)
+    k, v = len(clusters.centre_kd), clusters.variant_kv.shape[1]
+    prior_kd = np.zeros_like(clusters.centre_kd) if like < 0 else clusters.correction.shift_kbd[:, like].astype(float)
+    prior_kv = np.zeros((k, v)) if like < 0 else clusters.variant_shift_kbd[:, like].astype(float)
+    ridge_k = np.maximum(RIDGE_SHARE * clusters.share_k * len(anchor_nd), PRIOR_CELLS)
+    shift_kd, held_k = prior_kd, np.zeros(k, bool)
+    count_k = np.zeros(k)
+    for _ in range(ROUNDS):
+        count_k, residual_kd = _residuals(clusters, anchor_nd, anchor_nd, shift_kd, clusters.centre_kd)
+        departure_kd, held_k = _plausible(clusters, residual_kd - prior_kd, count_k)
+        updated = prior_kd + (count_k / (count_k + ridge_k))[:, None] * departure_kd
+        moved = np.linalg.norm(updated - shift_kd, axis=1) @ count_k / max(count_k.sum(), 1)
+        shift_kd = updated
+        if moved < 1e-3 * clusters.usual_shift:
+            break
+    count_k, residual_kv = _residuals(clusters, anchor_nd, variant_nv, shift_kd, clusters.variant_kv)
+    variant_kv = prior_kv + np.where(held_k, 0.0, count_k / (count_k + ridge_k))[:, None] * (residual_kv - prior_kv)
+    return BatchShift(shift_kd, variant_kv, like, float(count_k[held_k].sum() / max(count_k.sum(), 1e-9)))
+
+
+def _residuals(
+    clusters: Clusters, anchor_nd: np.ndarray, values_nf: np.ndarray, shift_kd: np.ndarray, centre_kf: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Soft counts (K,), and mean residuals (K, f) of values from the clusters' centres, 0 in clusters without cells."""
+    count_k, total_kf = np.zeros(len(shift_kd)), np.zeros(centre_kf.shape)
+    for start in range(0, len(anchor_nd), BLOCK):
+        z_md = np.asarray(anchor_nd[start : start + BLOCK], np.float64)
+        weights_mk = settle(clusters, z_md, shift_kd)[1]
+        count_k += weights_mk.sum(axis=0)
+        total_kf += weights_mk.T @ np.asarray(values_nf[start : start + BLOCK], np.float64)
+    residual = total_kf - count_k[:, None] * centre_kf
+    return count_k, residual / np.maximum(count_k, 1e-9)[:, None]
+
+
+def settle(clusters: Clusters, z_nd: np.ndarray, shift_kd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Move cells by a batch's displacement as `MixtureCorrection.apply` does; return them and their weights (n, K)."""
+    corrected = z_nd
+    for _ in range(3):
+        weights = clusters.weights(corrected)
+        corrected = z_nd - weights @ shift_kd
+    return corrected, weights
+
+
+def _most_like(clusters: Clusters, z_pd: np.ndarray, leave_out: int | None) -> int:
+    """Return the batch of the reference whose displacement brings cells nearest to centroids; -1 for none."""
+    shift_kbd = clusters.correction.shift_kbd
+    candidates: Iterator[int] = iter(b for b in range(shift_kbd.shape[1]) if b != leave_out)
+    best, best_score = -1, _nearness(clusters, z_pd, np.zeros(shift_kbd[:, 0].shape))
+    for batch in candidates:
+        score = _nearness(clusters, z_pd, shift_kbd[:, batch].astype(np.float64))
+        if score > best_score:
+            best, best_score = batch, score
+    return best
+
+
+def _nearness(clusters: Clusters, z_pd: np.ndarray, shift_kd: np.ndarray) -> float:
+    corrected, _ = settle(clusters, z_pd, shift_kd)
+    unit = corrected / np.maximum(np.linalg.norm(corrected, axis=1, keepdims=True), 1e-12)
+    return float((unit @ clusters.correction.centroids_kd.T).max(axis=1).mean())
+
+
+def _plausible(clusters: Clusters, departure_kd: np.ndarray, count_k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Hold back what is no batch effect: return the displacements beyond the prior, (K, d), and where they were held.
+
+    What most of the batch's clusters share is believed whatever its size, if there are enough of them to tell (3
+    evenly filled ones); what a cluster has beyond that, or a batch of fewer clusters at all, up to what is usual in
+    the reference.
+    """
+    spread = count_k.sum() ** 2 / max((count_k**2).sum(), 1e-9)
+    common_d = _weighted_median(departure_kd, count_k)
+    if spread < COHERENT:
+        common_d = _held(common_d[None], clusters.usual_shift)[0]
+    own_kd = departure_kd - common_d
+    held_kd = _held(own_kd, clusters.usual_departure if spread >= COHERENT else clusters.usual_shift)
+    return common_d + held_kd, np.linalg.norm(held_kd, axis=1) < 0.5 * np.linalg.norm(own_kd, axis=1)
+
+
+def _held(vectors_kd: np.ndarray, limit: float) -> np.ndarray:
+    """Shorten vectors beyond the limit, the more the longer they are: by limit^2 / norm^2."""
+    norm = np.linalg.norm(vectors_kd, axis=1, keepdims=True)
+    return np.asarray(vectors_kd * np.minimum(1.0, (limit / np.maximum(norm, 1e-12)) ** 2))
+
+
+def _weighted_median(values_kd: np.ndarray, weight_k: np.ndarray) -> np.ndarray:
+    """Median of each column, rows weighted."""
+    order = np.argsort(values_kd, axis=0, kind="stable")
+    below = np.cumsum(weight_k[order], axis=0)
+    place = (below < 0.5 * below[-1]).sum(axis=0)
+    columns = np.arange(values_kd.shape[1])
+    return np.asarray(values_kd[order[np.minimum(place, len(order) - 1), columns], columns])
+
+
+def shifted(
+    clusters: Clusters, shift: BatchShift, anchor_nd: np.ndarray, variant_nv: np.ndarray, strength: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Correct (n, d) and (n, v) components of a new batch's cells; float32."""
+    z_nd = np.asarray(anchor_nd, np.float64)
+    _, weights_nk = settle(clusters, z_nd, shift.anchor_kd)
+    variant = np.asarray(variant_nv, np.float64) - strength * (weights_nk @ shift.variant_kv)
+    return (z_nd - strength * (weights_nk @ shift.anchor_kd)).astype(np.float32), variant.astype(np.float32)

@@ -1,0 +1,291 @@
+"""Features and neighbours of query cells -> their latent, labels and novelty, as an AnnData zarr."""
+
+from __future__ import annotations
+
+import json
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from schelix_scale._version import __version__
+from schelix_scale.context import BATCH
+from schelix_scale.errors import TrainingError
+from schelix_scale.graph.vectors import row_blocks
+from schelix_scale.mapping.calibration import Calibration, calibrate
+from schelix_scale.mapping.diffusion import query_weights
+from schelix_scale.mapping.novelty import NEIGHBORS
+from schelix_scale.mapping.query import BLOCK, CORRECTED, DISTANCES, INDICES, MOVES, RAW, STREAMS, Query
+from schelix_scale.mapping.reference import Frozen
+from schelix_scale.records import StageRecord
+from schelix_scale.scheduling import run_tasks
+from schelix_scale.stages.graph import graph_settings
+from schelix_scale.transfer import UNKNOWN, Labels, vote
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CALIBRATION, MAPPED = "calibration.npz", "mapped.zarr"
+PREFIX = "schelix_"
+NOVELTY, P_VALUE, DISTANCE = f"{PREFIX}novelty", f"{PREFIX}novelty_p", f"{PREFIX}distance"
+BETWEEN = "; "
+PLAIN = ("string", "boolean", "empty")
+_WRITING = threading.Lock()  # anndata's settings and the filter of warnings are those of the whole process
+
+
+def find_calibration(query: Query, labels: Sequence[Labels], known: Calibration | None) -> tuple[Calibration, Any]:
+    """Calibrate on held-out batches of the reference, or take what is ``known``, and keep it in the directory."""
+    settings = query.settings
+    inputs: dict[str, Any] = {"labels": [column.key for column in labels]}
+    inputs |= {"cells": settings.calibration_cells, "batches": settings.calibration_batches}
+
+    def make() -> tuple[list[str], dict[str, Any]]:
+        found = known
+        if found is None:
+            with query.reporter.stage("calibrate", settings.calibration_cells) as progress:
+                found = calibrate(query.frozen, labels, settings, progress.advance)
+        with query.directory.publish(CALIBRATION) as path:
+            found.save(path)
+        details = {"held_out_cells": len(found.novelty.scores_s)}
+        fits = zip(labels, found.labels, strict=True)
+        return [CALIBRATION], details | {column.key: {"temperature": fit.temperature} for column, fit in fits}
+
+    record = query.stage("calibrate", inputs, [], make)
+    return Calibration.load(query.directory.path / CALIBRATION), record
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What is found of m query cells.
+
+    Attributes
+    ----------
+    latents
+        (m, d) float32 by obsm key.
+    novelty, p_value, distance
+        (m,).
+    """
+
+    latents: dict[str, np.ndarray]
+    novelty: np.ndarray
+    p_value: np.ndarray
+    distance: np.ndarray
+
+
+def encode_cells(
+    frozen: Frozen,
+    raw_ma: np.ndarray,
+    features: Sequence[np.ndarray],
+    moves: Sequence[np.ndarray] | None,
+    indices_mk: np.ndarray,
+    distances_mk: np.ndarray,
+    calibration: Calibration,
+    level: float,
+) -> Encoded:
+    """Diffuse and encode query cells as the reference's own were, without training.
+
+    A cell that is novel at ``level`` keeps its own features the more, the smaller its p-value is: its neighbours are
+    not its kind, and their mean would make it one of them.
+
+    Parameters
+    ----------
+    raw_ma
+        (m, a) uncorrected Anchor components.
+    features
+        (m, a) and (m, v) corrected components.
+    moves
+        What learned loadings add to them; None where loadings are frozen.
+    indices_mk, distances_mk
+        (m, k) neighbours in the reference.
+    """
+    width_mk = frozen.widths(indices_mk)
+    settings = graph_settings(frozen.config)
+    weights = query_weights(distances_mk, width_mk, frozen.batch_n[indices_mk], frozen.theta, settings.kernel_neighbor)
+    score = frozen.novelty(raw_ma, features[0], distances_mk, width_mk)
+    p_value = calibration.novelty.p_values(score)
+    kept = np.minimum(1.0, p_value / level) if level > 0 else np.ones(len(p_value))
+    diffused = [
+        levels.diffuse(indices_mk, weights, own, settings.hops, kept)
+        for levels, own in zip(frozen.diffused, features, strict=True)
+    ]
+    if moves is not None:
+        for hops, move in zip(diffused, moves, strict=True):
+            hops[:, 0] += move
+    return Encoded(latents(frozen, diffused), score, p_value, distances_mk[:, :NEIGHBORS].mean(axis=1))
+
+
+def latents(frozen: Frozen, diffused: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Encode diffused features (m, T, a) and (m, T, v): what goes to which obsm key, (m, d).
+
+    Raises
+    ------
+    TrainingError
+        A latent is not finite.
+    """
+    import torch
+
+    with torch.no_grad():
+        latent = frozen.model(*(torch.from_numpy(part) for part in diffused))
+    if not torch.isfinite(latent.fused).all():
+        raise TrainingError("the latent of query cells is not finite: their expression is unlike the reference's.")
+    return {key: _part(latent, part).numpy() for key, part in frozen.output_keys().items()}
+
+
+def _part(latent: Any, part: str) -> Tensor:
+    import torch
+    from torch.nn.functional import normalize
+
+    from schelix_scale.embedding import BESIDE, CONCATENATED
+
+    if part == CONCATENATED:
+        return torch.cat([latent.fused, BESIDE * normalize(latent.variant, dim=1)], dim=1)
+    chosen: Tensor = getattr(latent, part)
+    return chosen
+
+
+class LabelColumns:
+    """The labels, probabilities and sets of n cells, filled block by block."""
+
+    def __init__(self, labels: Labels, n: int) -> None:
+        self.labels = labels
+        self.code_n = np.full(n, -1, np.int32)
+        self.probability_n = np.zeros(n, np.float32)
+        self.set_n = np.zeros((n, -(-len(labels.names) // 8)), np.uint8)
+
+    def fill(self, start: int, probabilities: np.ndarray, sets: np.ndarray, novel: np.ndarray) -> None:
+        """Write a block of m cells: probabilities and sets (m, l), and which cells are novel (m,)."""
+        rows = slice(start, start + len(novel))
+        self.code_n[rows] = np.where(novel, -1, probabilities.argmax(axis=1))
+        self.probability_n[rows] = probabilities.max(axis=1)
+        self.set_n[rows] = np.packbits(sets & ~novel[:, None], axis=1)
+
+    def table(self) -> dict[str, Any]:
+        """Return the obs columns: label (``unknown`` for a novel cell), probability, set."""
+        names = [*self.labels.names, UNKNOWN]
+        patterns, place = np.unique(self.set_n, axis=0, return_inverse=True)
+        members = np.unpackbits(patterns, axis=1, count=len(self.labels.names)).astype(bool)
+        texts = [BETWEEN.join(np.array(self.labels.names, object)[row]) or UNKNOWN for row in members]
+        key = f"{PREFIX}{self.labels.key}"
+        code = np.where(self.code_n < 0, len(names) - 1, self.code_n)
+        return {
+            key: pd.Categorical.from_codes(code, pd.Index(names)),
+            f"{key}_probability": self.probability_n,
+            f"{key}_set": pd.Categorical(np.array(texts, object)[place.ravel()]),
+        }
+
+
+def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibration) -> StageRecord:
+    """Write mapped.zarr: obs with labels and novelty, and the latents."""
+    frozen, settings, n = query.frozen, query.settings, query.store.n_cells
+    inputs = {"labels": [column.key for column in labels], "coverage": settings.coverage, "novelty": settings.novelty}
+
+    def make() -> tuple[list[str], dict[str, Any]]:
+        raw = query.load(RAW.format("anchor"))
+        features = [query.load(CORRECTED.format(name)) for name in STREAMS]
+        learned = query.directory.record("project").details["learned"]
+        moves = [query.load(MOVES.format(name)) for name in STREAMS] if learned else None
+        indices, distances = query.load(INDICES), query.load(DISTANCES)
+        found = {name: np.zeros(n, np.float32) for name in (NOVELTY, P_VALUE, DISTANCE)}
+        columns = [LabelColumns(column, n) for column in labels]
+        with query.directory.publish(MAPPED) as path, query.reporter.stage("map", n) as progress:
+            widths = {key: part.shape[1] for key, part in _probe(frozen).items()}
+            arrays = _create(path, n, widths)
+
+            def task(span: tuple[int, int]) -> int:
+                rows = slice(*span)
+                near, far = np.asarray(indices[rows]), np.asarray(distances[rows])
+                moved = None if moves is None else [np.asarray(part[rows]) for part in moves]
+                own = [np.asarray(part[rows]) for part in features]
+                got = encode_cells(frozen, np.asarray(raw[rows]), own, moved, near, far, calibration, settings.novelty)
+                for key, latent in got.latents.items():
+                    arrays[key][rows] = latent
+                for name, values in zip(found, (got.novelty, got.p_value, got.distance), strict=True):
+                    found[name][rows] = values
+                novel = got.p_value <= settings.novelty
+                for column, fit in zip(columns, calibration.labels, strict=True):
+                    votes = vote(far, column.labels.code_n[near], len(column.labels.names))
+                    sharp = fit.probabilities(votes)
+                    column.fill(span[0], sharp, fit.sets(sharp, settings.coverage), novel)
+                return span[1] - span[0]
+
+            run_tasks(task, list(row_blocks(n, BLOCK)), query.threads, None, progress.advance)
+            table = _obs(query)
+            table[f"{PREFIX}batch"] = pd.Categorical.from_codes(query.batches.codes, pd.Index(query.batches.names))
+            for column in columns:
+                table = table.assign(**column.table())
+            _finish(path, table.assign(**found), _uns(query))
+        novel = float((found[P_VALUE] <= settings.novelty).mean())
+        return [MAPPED], {"dims": widths, "labels": [column.key for column in labels], "novel_share": round(novel, 6)}
+
+    return query.stage("map", inputs, ["neighbors", "calibrate"], make)
+
+
+def _probe(frozen: Frozen) -> dict[str, np.ndarray]:
+    """Return the latents of one cell of zeros, for their shapes."""
+    hops = len(frozen.config.graph.hops)
+    return latents(frozen, [np.zeros((1, hops, width), np.float32) for width in frozen.streams.dims])
+
+
+def _obs(query: Query) -> pd.DataFrame:
+    """Return the query's own obs columns, in forms that zarr can hold."""
+    table = query.store.obs().copy()
+    for name in table.columns:
+        kind = table[name].dtype
+        if kind.kind == "O" and pd.api.types.infer_dtype(table[name], skipna=True) not in PLAIN:
+            table[name] = table[name].astype(str)
+    table.columns = [str(name).replace("/", "_") for name in table.columns]
+    table.index = pd.Index(query.store.cell_names, name=None)
+    return table.drop(columns=[name for name in table.columns if name == BATCH or name.startswith(PREFIX)])
+
+
+def _uns(query: Query) -> dict[str, Any]:
+    details = query.directory.record("project").details
+    return {
+        "version": __version__,
+        "reference": str(query.frozen.directory.path),
+        "reference_fingerprint": query.frozen.fingerprint,
+        "source": query.directory.source["uri"],
+        "settings": query.settings.model_dump_json(),
+        "genes": json.dumps({key: details[key] for key in details if key.startswith(("genes", "used"))}),
+    }
+
+
+def _create(path: Path, n: int, widths: dict[str, int]) -> dict[str, Any]:
+    """Make a zarr of n cells with empty obsm arrays, a block a chunk."""
+    import anndata
+    import zarr
+
+    with _WRITING, _quiet(), anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
+        anndata.AnnData(obs=pd.DataFrame(index=pd.RangeIndex(n).astype(str))).write_zarr(path)
+    obsm = zarr.open_group(path / "obsm", mode="r+")
+    arrays = {}
+    for key, width in widths.items():
+        arrays[key] = obsm.create_array(key, shape=(n, width), chunks=(BLOCK, width), dtype="float32")
+        arrays[key].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+    return arrays
+
+
+def _finish(path: Path, obs: pd.DataFrame, uns: dict[str, Any]) -> None:
+    """Write obs and uns, and the consolidated metadata."""
+    import anndata
+    import zarr
+    from anndata.io import write_elem
+
+    with _WRITING, _quiet(), anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
+        root = zarr.open_group(path, mode="r+", use_consolidated=False)
+        write_elem(root, "obs", obs)
+        write_elem(root, "uns", {"schelix": uns})
+        zarr.consolidate_metadata(path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
+        yield

@@ -1,0 +1,194 @@
+"""The ranks of a training: who this process is, and what ranks tell each other. Nothing else reads the environment.
+
+Without torchrun there is one rank, for which everything here does nothing. Every method is called by all ranks, in the
+same order.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from schelix_scale.errors import ConfigError, RankLost
+
+TIMEOUT = timedelta(hours=12)  # of waiting for a rank that works alone, as on a new graph; one that ends is noticed
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which process it is among those that train together.
+
+    Attributes
+    ----------
+    rank, world
+        Number of this process, and of how many.
+    local_rank, local_world
+        The same on this machine.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that decides, writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other rank."""
+        return self.world == 1
+
+    def threads(self, threads: int) -> int:
+        """Return this rank's share of the threads of its machine."""
+        return max(1, threads // self.local_world)
+
+    def device(self, name: str) -> torch.device:
+        """Return the device of this rank; of several GPUs each local rank takes one.
+
+        Raises
+        ------
+        ConfigError
+            One GPU was named for several ranks, or there are fewer GPUs than ranks here.
+        """
+        device = torch.device(name)
+        if self.local_world == 1 or device.type != "cuda":
+            return device
+        if device.index is not None:
+            raise ConfigError(f"device={name}: {self.local_world} ranks need a GPU each. Use device=cuda.")
+        if self.local_world > torch.cuda.device_count():
+            raise ConfigError(
+                f"{self.local_world} ranks need a GPU each, and there are {torch.cuda.device_count()} here. Start "
+                "fewer (--nproc, --nproc-per-node), or use device=cpu."
+            )
+        return torch.device("cuda", self.local_rank)
+
+    def share(self, n: int) -> slice:
+        """Return which of n things are this rank's: equal shares but for one, in the order of ranks."""
+        return slice(n * self.rank // self.world, n * (self.rank + 1) // self.world)
+
+    def agree(self, value: T) -> T:
+        """Return what the main rank says."""
+        if self.alone:
+            return value
+        said: list[Any] = [value]
+        with self.together():
+            distributed.broadcast_object_list(said, src=0)
+        agreed: T = said[0]
+        return agreed
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Return the mean over ranks of a tensor, without gradient."""
+        if self.alone:
+            return value
+        total = value.detach().clone()
+        with self.together():
+            distributed.all_reduce(total)
+        return total / self.world
+
+    def gather(self, rows: Tensor, total: int) -> Tensor:
+        """Put the shares (m, ...) of all ranks below each other, (total, ...); gradients come back to each share."""
+        if self.alone:
+            return rows
+        gathered: Tensor = _Gather.apply(rows, self, total)  # type: ignore[no-untyped-call]
+        return gathered
+
+    def averaged(self, module: torch.nn.Module) -> torch.nn.Module:
+        """Return a module with the same weights on all ranks, whose gradients are averaged over them."""
+        with self.together(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # its heir is newer
+            return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        self.agree(None)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Turn the error of a rank that has gone away into a `RankLost`; only the main rank has words for it."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.alone or not _is_lost(error):
+                raise
+            message = (
+                f"one of {self.world} ranks has ended, so that the others cannot go on. "
+                "Run the same command again: it goes on from the last checkpoint."
+            )
+            raise RankLost(message if self.main else "") from error
+
+
+ALONE = Ranks()
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether an error is that of a connection, and not one of computing."""
+    if isinstance(error, distributed.DistError):
+        return True
+    text = str(error)
+    return any(sign in text for sign in ("Connection", "connection", "gloo", "NCCL", "Broken pipe", "Socket"))
+
+
+class _Gather(torch.autograd.Function):
+    """All shares on all ranks; their gradients, summed over ranks, at the share that they are of."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, ranks: Ranks, total: int) -> Tensor:
+        context.ranks, context.total = ranks, total
+        largest = -(-total // ranks.world)
+        padded = rows.new_zeros((largest, *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(ranks.world)]
+        with ranks.together():
+            distributed.all_gather(parts, padded)
+        sizes = [total * (rank + 1) // ranks.world - total * rank // ranks.world for rank in range(ranks.world)]
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        ranks, whole = context.ranks, gradient.contiguous()
+        with ranks.together():
+            distributed.all_reduce(whole)
+        return whole[ranks.share(context.total)], None, None
+
+
+@contextmanager
+def joined(device: str, deterministic: bool = False) -> Iterator[Ranks]:
+    """Join the ranks that torchrun has started, as long as the context lasts; alone without torchrun.
+
+    NCCL where the ranks compute on GPUs, gloo elsewhere.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in _ENVIRONMENT))
+    if ranks.alone or distributed.is_initialized():
+        yield ranks
+        return
+    here = ranks.device(device)
+    if here.type == "cuda":
+        torch.cuda.set_device(here)
+    with ranks.together():
+        distributed.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
+    yield ranks
+    distributed.destroy_process_group()  # not after an error: ranks that wait for each other would hang
+
+
+_ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
+
+
+def follows() -> bool:
+    """Whether torchrun has started this process as another rank than the main one."""
+    return os.environ.get("RANK", "0") != "0"

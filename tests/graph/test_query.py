@@ -1,0 +1,86 @@
+"""Neighbours of new cells: against exact ones, alone and in company, from several threads at once."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.neighbors import NearestNeighbors
+
+from schelix_scale.config import GraphConfig
+from schelix_scale.errors import GraphError
+from schelix_scale.graph.build import INDEX, build_neighbors
+from schelix_scale.graph.query import QueryIndex
+from tests.synthetic import gaussian_cells
+
+N, M, K, D = 5_000, 300, 12, 12
+
+
+@pytest.fixture(scope="module")
+def cells() -> tuple[np.ndarray, np.ndarray]:
+    """Features of the graph's cells, and of new ones of the same kinds."""
+    z_nd = np.asarray(gaussian_cells(n=N + M, d=D, n_types=6)[0], np.float32)
+    return z_nd[:N], z_nd[N:]
+
+
+@pytest.fixture(scope="module", params=["ivf", "exact"])
+def reference(
+    request: pytest.FixtureRequest, cells: tuple[np.ndarray, np.ndarray], tmp_path_factory: pytest.TempPathFactory
+) -> QueryIndex:
+    building, graph = (tmp_path_factory.mktemp(request.param) for _ in range(2))
+    found, _ = build_neighbors(cells[0], building, GraphConfig(method=request.param, k=15), 0, 2, 10**12)
+    np.save(graph / "indices.npy", found.indices_nk)
+    if request.param == "ivf":
+        shutil.copytree(building / INDEX, graph / INDEX)
+    return QueryIndex.open(graph, cells[0])
+
+
+def test_new_cells_find_their_neighbours(reference: QueryIndex, cells: tuple[np.ndarray, np.ndarray]) -> None:
+    rows, distances = reference.query(cells[1], K, threads=2)
+    search = NearestNeighbors(n_neighbors=K, metric="cosine", algorithm="brute").fit(cells[0].astype(np.float64))
+    exact, indices = search.kneighbors(cells[1].astype(np.float64))
+    recall = (distances <= exact[:, -1:] + 1e-6).mean()
+    assert recall >= (1 if reference.exact else 0.97)
+    if reference.exact:
+        np.testing.assert_array_equal(rows, indices)
+    a, b = cells[1] / np.linalg.norm(cells[1], axis=1, keepdims=True), cells[0][rows]
+    named = 1 - np.einsum("md,mkd->mk", a, b / np.linalg.norm(b, axis=2, keepdims=True))
+    np.testing.assert_allclose(distances, named, atol=1e-6)
+    assert (np.diff(distances, axis=1) >= 0).all()
+
+
+def test_cells_of_the_graph_find_themselves(reference: QueryIndex, cells: tuple[np.ndarray, np.ndarray]) -> None:
+    rows, distances = reference.query(cells[0][:200], 3)
+    assert (rows[:, 0] == np.arange(200)).mean() == 1
+    assert distances[:, 0].max() < 1e-6
+
+
+def test_answers_do_not_depend_on_the_company(reference: QueryIndex, cells: tuple[np.ndarray, np.ndarray]) -> None:
+    together, distances = reference.query(cells[1], K)
+    shuffled = np.random.default_rng(0).permutation(M)
+    rows, _ = reference.query(cells[1][shuffled], K, threads=2)
+    np.testing.assert_array_equal(rows, together[shuffled])
+    alone = [reference.query(cells[1][[i]], K) for i in range(0, M, 10)]
+    np.testing.assert_array_equal(np.concatenate([rows for rows, _ in alone]), together[::10])
+    np.testing.assert_array_equal(np.concatenate([away for _, away in alone]), distances[::10])
+
+
+def test_threads_get_their_own_answers(reference: QueryIndex, cells: tuple[np.ndarray, np.ndarray]) -> None:
+    parts = np.array_split(np.arange(M), 12)
+    expected = [reference.query(cells[1][part], K)[0] for part in parts]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda part: reference.query(cells[1][part], K)[0], parts * 3))
+    for one, other in zip(found, expected * 3, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_cannot_be_asked(reference: QueryIndex, cells: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:
+    with pytest.raises(GraphError, match="were asked of 5000 cells with 12"):
+        reference.query(cells[1][:, :5], K)
+    assert reference.query(cells[1][:0], K)[0].shape == (0, K)
+    np.save(tmp_path / "indices.npy", np.asarray(reference.indices_nk))
+    with pytest.raises(GraphError, match="graph of 5,000 cells, and the features are those of 4,000"):
+        QueryIndex.open(tmp_path, cells[0][:4_000])

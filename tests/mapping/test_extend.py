@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+from scipy import sparse
+from sklearn.neighbors import NearestNeighbors
+from typer.testing import CliRunner
+
+from schelix_scale import Reference, Run, extend
+from schelix_scale.cli import app
+from schelix_scale.errors import DataError, RunError
+from schelix_scale.pipeline import continue_run
+from schelix_scale.progress import QuietReporter
+from tests.mapping.conftest import Atlas
+from tests.run_tools import tree
+
+
+@pytest.fixture(scope="module")
+def query_file(atlas: Atlas, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("query") / "new.h5ad"
+    atlas.query.write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def extended(atlas: Atlas, query_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    out = tmp_path_factory.mktemp("extended") / "run2"
+    before = tree(atlas.run)
+    run = extend(atlas.run, query_file, batch_key="batch", out=out, reporter=QuietReporter())
+    assert tree(atlas.run) == before
+    return run
+
+
+def operator(run: Run) -> tuple[np.ndarray, np.ndarray, Path]:
+    name = run.manifest["stages"]["graph"]["details"]["operator_id"]
+    folder = run.path / "graph" / name
+    return np.load(folder / "indices.npy"), np.load(folder / "weights.npy"), run.path / "diffused" / name
+
+
+def test_the_new_version_is_a_run(extended: Run, atlas: Atlas) -> None:
+    n, m = atlas.reference.n_obs, atlas.query.n_obs
+    assert extended.verify() == []
+    assert not (extended.path / "extension").exists()
+    assert len(extended.embedding) == len(extended.cells) == n + m
+    assert extended.cells["batch"].astype(str).tolist() == [*atlas.reference.obs["batch"], *atlas.query.obs["batch"]]
+    assert extended.cells.index.tolist() == [*atlas.reference.obs_names, *atlas.query.obs_names]
+    adata = extended.to_anndata()
+    assert adata.obs["cell_type"].astype(str).tolist()[n:] == atlas.query.obs["cell_type"].tolist()
+    summary, source = extended.manifest["summary"], extended.manifest["source"]
+    assert (summary["version"], summary["cells"], summary["batches"]) == (2, n + m, 4)
+    assert [link["path"] for link in source["extends"]] == [str(atlas.run.resolve())]
+    assert [part["cells"] for part in source["parts"]] == [n, m]
+
+
+def test_rows_of_the_run_are_as_they_were(extended: Run, atlas: Atlas) -> None:
+    old, n = Run.open(atlas.run), atlas.reference.n_obs
+    np.testing.assert_array_equal(extended.embedding[:n], old.embedding)
+    for new, kept in zip(operator(extended)[:2], operator(old)[:2], strict=True):
+        np.testing.assert_array_equal(new[:n], kept)
+    for name in ("anchor", "anchor_corrected", "variant"):
+        new, kept = (np.load(run.path / "features" / f"{name}.npy") for run in (extended, old))
+        np.testing.assert_array_equal(new[:n], kept)
+    for name in ("anchor", "variant"):
+        new, kept = (np.load(operator(run)[2] / f"{name}.npy") for run in (extended, old))
+        np.testing.assert_array_equal(new[:n], kept)
+
+
+def test_new_rows_are_those_of_a_dense_computation(extended: Run, atlas: Atlas) -> None:
+    """scikit-learn's exact neighbours among all cells, and three dense steps of diffusion."""
+    n = atlas.reference.n_obs
+    indices, weights, diffused = operator(extended)
+    anchor = np.load(extended.path / "features" / "anchor_corrected.npy")
+    found = NearestNeighbors(n_neighbors=16, metric="cosine", algorithm="brute").fit(anchor).kneighbors(anchor[n:])
+    np.testing.assert_array_equal(np.sort(found[1][:, 1:], axis=1), np.sort(indices[n:], axis=1))
+    total, k = indices.shape
+    dense = sparse.csr_matrix((weights.ravel(), indices.ravel(), np.arange(0, total * k + 1, k))).toarray()
+    np.testing.assert_allclose(dense.sum(axis=1), 1, rtol=1e-5)
+    current = anchor
+    for _ in range(3):
+        current = 0.7 * dense @ current + 0.3 * anchor
+    np.testing.assert_allclose(np.load(diffused / "anchor.npy")[n:, -1], current[n:], atol=1e-4 * np.abs(anchor).max())
+
+
+def test_new_cells_lie_among_their_types(extended: Run, atlas: Atlas) -> None:
+    n, z = atlas.reference.n_obs, extended.embedding
+    types = extended.cells["cell_type"].astype(str).to_numpy()
+    near = NearestNeighbors(n_neighbors=11).fit(z).kneighbors(z[n:], return_distance=False)[:, 1:]
+    assert (types[near] == types[n:, None]).mean() > 0.95  # those of the type that the run lacked, too
+
+
+def test_later_stages_take_it_for_done(extended: Run) -> None:
+    reporter = QuietReporter()
+    assert continue_run(extended.path, "train", then=["embed"], reporter=reporter) is not None
+    done = [text.partition(":")[0] for text in reporter.messages if "done before" in text]
+    assert done == ["features", "graph", "train", "embed"]
+
+
+def test_ten_extensions_in_a_row(atlas: Atlas, tmp_path: Path) -> None:
+    run, query = atlas.run, atlas.query
+    for version in range(10):
+        part = query[version::10].copy()
+        new = extend(run, part, batch_key="batch", out=tmp_path / f"v{version}", reporter=QuietReporter())
+        assert new.manifest["summary"]["extension"]["recall"] > 0.99
+        run = new.path
+    last, n = Run.open(run), atlas.reference.n_obs
+    assert last.verify() == []
+    assert (last.manifest["summary"]["version"], len(last.embedding)) == (11, n + query.n_obs)
+    assert len(last.manifest["source"]["extends"]) == 10
+    np.testing.assert_array_equal(last.embedding[:n], Run.open(atlas.run).embedding)
+    assert sorted(last.cells["batch"].astype(str).unique())[3:6] == ["b3", "b3 (version 10)", "b3 (version 11)"]
+    types, z = last.cells["cell_type"].astype(str).to_numpy(), last.embedding
+    near = NearestNeighbors(n_neighbors=6).fit(z).kneighbors(z[n:], return_distance=False)[:, 1:]
+    assert (types[near] == types[n:, None]).mean() > 0.9
+    audits = json.loads(next((run / "graph").glob("*/audit.json")).read_text())["extensions"]
+    assert [audit["first_row"] for audit in audits] == [n + 20 * version for version in range(10)]
+    mapped = Reference.open(run).map(atlas.known[:40].copy(), batch_key="batch", label_key="cell_type")
+    assert (mapped.obs["schelix_cell_type"].to_numpy() == atlas.known.obs["cell_type"].to_numpy()[:40]).mean() > 0.85
+
+
+KILLED = """
+import os, signal, sys
+from contextlib import contextmanager
+from schelix_scale import extend
+from schelix_scale.progress import QuietReporter, Reporter
+
+class Killing(Reporter):
+    @contextmanager
+    def stage(self, name, total=None, unit="cells"):
+        with QuietReporter().stage(name) as stage:
+            yield stage
+        if name == "extend graph":
+            os.kill(os.getpid(), signal.SIGKILL)
+    def say(self, message): pass
+    def warn(self, message): pass
+
+extend(sys.argv[1], sys.argv[2], batch_key="batch", out=sys.argv[3], reporter=Killing())
+"""
+
+
+def test_a_killed_extension_goes_on(extended: Run, atlas: Atlas, query_file: Path, tmp_path: Path) -> None:
+    before, out = tree(atlas.run), tmp_path / "run2"
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(atlas.run), str(query_file), str(out)], cwd=root, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert tree(atlas.run) == before
+    with pytest.raises(RunError, match="is not finished"):
+        Run.open(out)
+    reporter = QuietReporter()
+    again = extend(atlas.run, query_file, batch_key="batch", out=out, reporter=reporter)
+    assert {"project: done before, skipped", "features: done before, skipped"} <= set(reporter.messages)
+    assert again.verify() == []
+    np.testing.assert_array_equal(again.embedding, extended.embedding)
+
+
+def test_the_verbs(atlas: Atlas, query_file: Path, tmp_path: Path) -> None:
+    run, new, cli = str(atlas.run), str(query_file), CliRunner()
+    options = ["--batch-key", "batch", "--label-key", "cell_type", "-s", "coverage=0.8", "-o", str(tmp_path / "m")]
+    mapped = cli.invoke(app, ["map", run, new, *options])
+    assert mapped.exit_code == 0, mapped.output
+    assert "200 cells in 1 batches" in mapped.output
+    assert "type0 " in mapped.output
+    obs = anndata.read_zarr(tmp_path / "m" / "mapped.zarr").obs
+    assert {"schelix_cell_type", "schelix_cell_type_probability", "schelix_cell_type_set"} <= set(obs)
+    more = cli.invoke(app, ["extend", run, new, "-b", "batch", "-o", str(tmp_path / "v2"), "--quiet"])
+    assert (more.exit_code, more.output) == (0, "")
+    assert cli.invoke(app, ["verify", str(tmp_path / "v2")]).exit_code == 0
+    with pytest.raises(DataError, match="an extension needs 2"):
+        extend(run, atlas.query[:1].copy(), out=tmp_path / "v3", reporter=QuietReporter())
+    with pytest.raises(RunError, match="never changed"):
+        extend(run, new, out=run, reporter=QuietReporter())

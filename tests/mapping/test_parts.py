@@ -1,0 +1,194 @@
+"""The closed-form parts of mapping against dense NumPy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from schelix_scale import Reference, open_store
+from schelix_scale.errors import DataError
+from schelix_scale.extending.index import append_index
+from schelix_scale.features.correction import fit_correction
+from schelix_scale.features.projection import fit_projection
+from schelix_scale.graph.knn import find_neighbors
+from schelix_scale.graph.lists import CellIndex
+from schelix_scale.graph.operator import build_operator
+from schelix_scale.mapping.correction import Clusters, fit_batch, shifted
+from schelix_scale.mapping.diffusion import Levels, kernel_widths, query_weights
+from schelix_scale.mapping.genes import GeneMatch, _restricted, match_genes, reference_values, shared_target
+from tests.mapping.conftest import Atlas
+from tests.synthetic import gaussian_cells, make_cells
+
+
+@pytest.fixture(scope="module")
+def planted() -> tuple[Clusters, np.ndarray, np.ndarray, np.ndarray]:
+    """Clusters fitted on three batches; the cells of a fourth one, their types and their true displacement."""
+    z, types, batch = gaussian_cells(n=1200, d=8, n_types=4, n_batches=4, shift=1.5)
+    old = batch < 3
+    correction = fit_correction(z[old], batch[old], 3, 0, 1)
+    none = np.zeros((int(old.sum()), 0))
+    clusters = Clusters.of_cells(correction, np.zeros((len(correction.centroids_kd), 3, 0)), z[old], none, batch[old])
+    return clusters, z, types, batch
+
+
+def centres(corrected: np.ndarray, types: np.ndarray) -> np.ndarray:
+    return np.stack([corrected[types == t].mean(axis=0) for t in range(4)])
+
+
+def test_a_new_batch_is_moved_onto_the_common_centres(
+    planted: tuple[Clusters, np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    clusters, z, types, batch = planted
+    old, new = batch < 3, batch == 3
+    target = centres(clusters.correction.apply(z[old], batch[old]), types[old])
+    before = np.linalg.norm(centres(z[new], types[new]) - target, axis=1)
+    none = np.zeros((int(new.sum()), 0))
+    shift = fit_batch(clusters, z[new], none, np.arange(100))
+    moved, _ = shifted(clusters, shift, z[new], none, 1.0)
+    after = np.linalg.norm(centres(moved, types[new]) - target, axis=1)
+    assert after.max() < 0.5 * before.min()
+    half, _ = shifted(clusters, shift, z[new], none, 0.5)
+    np.testing.assert_allclose(half, (moved + z[new]) / 2, atol=1e-5)
+
+
+def test_clusters_without_cells_are_not_corrected_from_afar(
+    planted: tuple[Clusters, np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    clusters, z, types, batch = planted
+    one = (batch == 3) & (types == 0)
+    none = np.zeros((int(one.sum()), 0))
+    shift = fit_batch(clusters, z[one], none, np.arange(50))
+    near = clusters.weights(z[one]).sum(axis=0) > 1
+    prior = 0 if shift.like < 0 else clusters.correction.shift_kbd[:, shift.like]
+    np.testing.assert_allclose((shift.anchor_kd - prior)[~near], 0, atol=0.05)
+    assert np.linalg.norm((shift.anchor_kd - prior)[near], axis=1).max() > 0.3
+
+
+def test_three_cells_move_little(planted: tuple[Clusters, np.ndarray, np.ndarray, np.ndarray]) -> None:
+    clusters, z, _, batch = planted
+    rows = np.flatnonzero(batch == 3)[:3]
+    shift = fit_batch(clusters, z[rows], np.zeros((3, 0)), np.arange(3))
+    prior = 0 if shift.like < 0 else clusters.correction.shift_kbd[:, shift.like]
+    assert np.linalg.norm(shift.anchor_kd - prior, axis=1).max() < 0.6
+
+
+def test_missing_genes_count_as_what_the_others_lead_to_expect() -> None:
+    x = make_cells(n_genes=120, per_group=30, seed=2).log_csr
+    genes = np.arange(100)
+    projection, z = fit_projection(x, genes, 5, 0.75)
+    dense = x.toarray()[:, genes].astype(np.float64)
+    table = pd.DataFrame({"mean": x.toarray().mean(axis=0), "var": x.toarray().var(axis=0)})
+    place = np.arange(x.shape[1])
+    lacking = np.sort(np.random.default_rng(0).choice(100, 40, replace=False))
+    place[lacking] = -1
+    match = GeneMatch(place, np.isin(np.arange(x.shape[1]), genes), "")
+    spread = z.astype(np.float64).var(axis=0)
+    restricted = _restricted(projection, match, table, 0.75, spread)
+    without = x.toarray()
+    without[:, lacking] = 0
+    found = restricted.apply(sparse.csr_matrix(without))
+    # dense conditional expectation of a probabilistic PCA, with the covariance of all genes written out
+    scale = table["var"].to_numpy()[genes] ** 0.375
+    components = projection.loadings_hd * scale[:, None]
+    noise = ((table["var"].to_numpy()[genes] / scale**2).sum() - spread.sum()) / (len(genes) - 5)
+    covariance = components @ np.diag(spread) @ components.T + noise * np.eye(len(genes))
+    there = ~np.isin(genes, lacking)
+    scaled = (np.minimum(dense, projection.cap) - table["mean"].to_numpy()[genes]) / scale
+    gain = covariance[np.ix_(~there, there)] @ np.linalg.inv(covariance[np.ix_(there, there)])
+    full = scaled.copy()
+    full[:, ~there] = scaled[:, there] @ gain.T
+    np.testing.assert_allclose(found, full @ components, atol=2e-3 * np.abs(z).max())
+    zero_filled = np.where(there, scaled, 0) @ components
+    assert np.square(found - z).sum() < 0.8 * np.square(zero_filled - z).sum()
+
+
+def test_genes_in_another_order_and_more_of_them(reference: Reference, atlas: Atlas) -> None:
+    query, order = atlas.known, np.random.default_rng(0).permutation(atlas.known.n_vars)
+    extra = anndata.AnnData(
+        sparse.csr_matrix(np.full((query.n_obs, 3), 50, np.float32)),
+        obs=query.obs[[]],
+        var=pd.DataFrame(index=list("xyz")),
+    )
+    shuffled = anndata.concat([query[:, order], extra], axis=1, merge="first")
+    one, other = (reference.map(cells, batch_key="batch") for cells in (query, shuffled))
+    np.testing.assert_allclose(one.embedding, other.embedding, atol=1e-4)
+
+
+def test_genes_are_found_under_other_names_and_missing_ones_are_told(reference: Reference, atlas: Atlas) -> None:
+    query = atlas.known[:, :150].copy()
+    query.var["symbol"] = query.var_names
+    query.var_names = [f"ENS{i}" for i in range(query.n_vars)]
+    mapped = reference.map(query, batch_key="batch", label_key="cell_type")
+    summary = mapped.manifest["summary"]
+    assert (summary["genes_matched"], summary["genes_matched_by"]) == (150, "symbol = var_names")
+    assert 0 < summary["used_genes_missing_share"] < 0.3
+    right = mapped.obs["schelix_cell_type"].to_numpy() == query.obs["cell_type"].to_numpy()
+    assert right.mean() > 0.9
+    with pytest.raises(DataError, match=r"mapping needs 100% \(min_genes\).*name the var column"):
+        reference.map(query, min_genes=1.0)
+    with pytest.raises(DataError, match="has no var column 'gene'"):
+        reference.map(query, gene_key="gene")
+
+
+def test_a_panel_is_normalised_to_the_share_that_its_genes_have() -> None:
+    counts = sparse.csr_matrix(np.array([[5.0, 3.0, 2.0, 40.0]], np.float32))
+    query = anndata.AnnData(counts, var=pd.DataFrame(index=["b", "a", "c", "other"]))
+    genes = pd.DataFrame({"mean": np.log1p([30.0, 50.0, 20.0, 100.0])}, index=["a", "b", "c", "d"])
+    match = match_genes(open_store(query), genes, np.array([True, True, False, True]), None)
+    assert match.place_g.tolist() == [1, 0, 2, -1]
+    target = shared_target(match, genes["mean"].to_numpy())
+    assert target == pytest.approx(1e4 / 2)
+    found = reference_values(counts, match, "counts", target).toarray()
+    np.testing.assert_allclose(found, np.log1p([[1500.0, 2500.0, 0, 0]]), rtol=1e-6)
+
+
+def test_a_query_diffuses_as_a_row_of_the_operator_would() -> None:
+    """Against the dense formula, with a reference whose cells keep their own rows."""
+    z, _, batch = gaussian_cells(n=120, d=6, seed=1)
+    neighbors = find_neighbors(z, 8, "exact", 0, 1)
+    operator = build_operator(neighbors, batch, 1.0, 5)
+    dense = operator.block(0, len(z)).toarray()
+    levels_n = [z.astype(np.float32)]
+    for _ in range(3):
+        levels_n.append((0.7 * dense @ levels_n[-1] + 0.3 * z).astype(np.float32))
+    levels = Levels(operator, levels_n[0], (0, 1, 3), np.stack([levels_n[t] for t in (0, 1, 3)], axis=1), 0.3)
+    np.testing.assert_allclose(levels.rows(2, np.arange(7, 20)), levels_n[2][7:20], atol=1e-5)
+    widths = kernel_widths(levels_n[0], operator, 5, np.arange(len(z)))
+    np.testing.assert_allclose(widths, neighbors.distances_nk[:, 4], atol=1e-6)
+    near, far = neighbors.indices_nk, neighbors.distances_nk
+    weights = query_weights(far, widths[near], batch[near], 1.0, 5)
+    np.testing.assert_allclose(weights, operator.weights_nk, atol=1e-5)
+    rows, kept = np.array([3, 50]), np.array([1.0, 0.25])
+    found = levels.diffuse(near[rows], weights[rows], levels_n[0][rows], (0, 1, 3), kept)
+    for place, hop in enumerate((0, 1, 3)):
+        mixed = dense[rows] @ levels_n[hop - 1] if hop else levels_n[0][rows]
+        expected = [0.7 * mixed[0] + 0.3 * z[3], 0.175 * mixed[1] + 0.825 * z[50]] if hop else mixed
+        np.testing.assert_allclose(found[:, place], expected, atol=1e-5)
+    levels.materialize()
+    again = levels.diffuse(near[rows], weights[rows], levels_n[0][rows], (0, 1, 3), kept)
+    np.testing.assert_array_equal(found, again)
+
+
+def test_an_index_takes_in_new_cells(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    cells = rng.normal(size=(900, 6)).astype(np.float32)
+    old, new = cells[:700], cells[700:]
+    CellIndex.build(old, tmp_path / "old", 0, 1, list_cells=32)
+    append_index(tmp_path / "old", new, tmp_path / "new")
+    index = CellIndex.open(tmp_path / "new")
+    assert np.sort(index.cells).tolist() == list(range(900))
+    unit = cells / np.linalg.norm(cells, axis=1, keepdims=True)
+    np.testing.assert_allclose(index.vectors_nd, unit[index.cells], atol=1e-6)
+    nearest = np.square(unit[:, None] - index.lists.centroids_md[None]).sum(axis=2).argmin(axis=1)
+    in_list = np.repeat(np.arange(len(index.starts) - 1), np.diff(index.starts))
+    chosen = np.empty(900, int)
+    chosen[index.cells] = in_list
+    assert (chosen == nearest).mean() > 0.98  # lists are looked for among those near a group
+    before = CellIndex.open(tmp_path / "old")
+    kept = index.cells[index.cells < 700]
+    np.testing.assert_array_equal(kept, before.cells)

@@ -1,0 +1,97 @@
+"""What a training tells: metrics.jsonl, event files, speed, and why it stops."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from schelix_scale.errors import ConfigError, TrainingError
+from schelix_scale.progress import QuietReporter
+from schelix_scale.training.log import TrainingLog
+from schelix_scale.training.loop import train
+from tests.training.tools import CONFIG, Cache, Counting, Interrupted, cached, logged, run, training_in
+
+
+def test_what_is_logged(tmp_path: Path) -> None:
+    cache, reporter = Cache(cached()), QuietReporter()
+    train(training_in(tmp_path, cache), cache.reopen("first"), reporter)
+    entries = logged(tmp_path)
+    steps = {event: [e["step"] for e in entries if (e["phase"], e["event"]) == ("align", event)] for event in EVENTS}
+    assert steps == {"train": [5, 10, 15, 20, 23], "evaluate": [0, 5, 10, 15, 20, 23], "end": [23]}
+    assert all(float(str(e["cells_per_second"])) > 0 for e in entries if e["event"] == "train")
+    rates = [float(str(e["learning_rate"])) for e in entries if (e["phase"], e["event"]) == ("align", "train")]
+    assert rates[0] > rates[-1] > 0
+    (align, refine) = [message for message in reporter.messages if message.endswith("cells/s")]
+    assert align.startswith("align: step 23, ")
+    assert refine.startswith("refine: step 17, ")
+
+
+EVENTS = ("train", "evaluate", "end")
+
+
+def test_what_is_done_again_is_logged_once(tmp_path: Path) -> None:
+    run(tmp_path / "whole")
+
+    def interrupt(step: int) -> None:
+        if step == 19:
+            raise Interrupted("killed")
+
+    cache = Cache(cached())
+    training = training_in(tmp_path / "cut", cache)
+    with pytest.raises(Interrupted, match="killed"):
+        train(training, cache.reopen("first"), Counting(interrupt))
+    with (tmp_path / "cut" / "metrics.jsonl").open("a") as file:
+        file.write('{"phase": "align", "event": "tra')  # as a kill leaves it
+    train(training, cache.reopen("first"), Counting())
+    kept = [logged(tmp_path / "whole"), logged(tmp_path / "cut")]
+    for entry in (entry for entries in kept for entry in entries):
+        entry.pop("seconds", entry.pop("cells_per_second", None))
+    assert kept[0] == kept[1]
+
+
+def test_event_files(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = [(event.step, event.value) for event in events.Scalars("refine/validation_loss")]
+    entries = [entry for entry in logged(tmp_path) if (entry["phase"], entry["event"]) == ("refine", "evaluate")]
+    expected = [(entry["step"], entry["validation_loss"]) for entry in entries]
+    np.testing.assert_allclose(found, np.array(expected, float), rtol=1e-6)
+
+
+def test_event_files_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("tensorboard", "torch.utils.tensorboard"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ConfigError, match=r"needs the package tensorboard: pip install 'schelix-scale\[tensorboard\]'"):
+        run(tmp_path, tensorboard=True)
+
+
+def test_only_the_main_rank_writes(tmp_path: Path) -> None:
+    log = TrainingLog(tmp_path / "none", ["align"], writes=False)
+    log.write("align", "train", 3, loss=1.0)
+    log.resume(0, 0)
+    log.close()
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_loss_that_is_no_number_names_its_step_and_the_last_good_checkpoint(tmp_path: Path) -> None:
+    """Features spoiled while training goes on: noticed a few steps later, but the step is named exactly."""
+    features = cached()
+
+    def spoil(step: int) -> None:
+        if step == 12:
+            features.variant_ntv[:] = np.nan
+
+    cache = Cache(features)
+    config = CONFIG.model_copy(update={"evaluate_every": 8})
+    message = r"the loss of phase align is nan at step (1[2-5])\. The last good checkpoint is .*step-00-000008\. Lower"
+    with pytest.raises(TrainingError, match=message):
+        train(training_in(tmp_path, cache, config), features, Counting(spoil))
+    assert all(torch.isfinite(torch.tensor(float(str(e.get("loss", 0))))) for e in logged(tmp_path))
