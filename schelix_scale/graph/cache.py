@@ -130,9 +130,14 @@ class OperatorCache:
         remove(self._building(name))
 
     def publish(
-        self, name: str, operator: Operator, audit: Audit, advance: Callable[[int], None] = lambda _: None
+        self,
+        name: str,
+        operator: Operator,
+        audit: Audit,
+        advance: Callable[[int], None] = lambda _: None,
+        threads: int = 1,
     ) -> None:
-        """Write the operator, its audit and index, and the features it diffuses."""
+        """Write the operator, its audit and index, and the features it diffuses on ``threads`` threads."""
         graph, diffused = (self.root / path for path in self.artifacts(name))
         index = self._building(name) / INDEX
         with publish(graph) as partial:
@@ -146,7 +151,8 @@ class OperatorCache:
             partial.mkdir()
             for stream in STREAMS:
                 target = partial / f"{stream}.npy"
-                diffuse(operator, self.features[stream], self.config.hops, self.config.restart, target, advance)
+                hops, restart = self.config.hops, self.config.restart
+                diffuse(operator, self.features[stream], hops, restart, target, advance, threads)
         self.discard(name)
 
     def open(self, name: str) -> tuple[Operator, np.ndarray, np.ndarray]:

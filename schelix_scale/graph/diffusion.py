@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from schelix_scale.graph.operator import Operator
-from schelix_scale.graph.vectors import row_blocks
+from schelix_scale.graph.vectors import forget, row_blocks
 from schelix_scale.publish import create_array
+from schelix_scale.scheduling import run_tasks
 
 
 def diffuse(
@@ -19,44 +20,47 @@ def diffuse(
     restart: float,
     out: Path,
     advance: Callable[[int], None] = lambda _: None,
+    workers: int = 1,
 ) -> None:
     """Write F^(t) for t in ``hops`` to ``out``, an .npy of shape (n, len(hops), d) float32.
 
     F^(t+1) = (1 - restart) P F^(t) + restart F^(0). Row-major with the hops of a cell side by side, since
-    training reads cells at random. Only two (n, d) arrays are kept, as memory maps beside ``out``.
+    training reads cells at random. Only two (n, d) arrays are kept, as memory maps beside ``out``; blocks of rows are
+    computed on ``workers`` threads, and what they read is let go of.
     """
     n, d = features_nd.shape
     hops = sorted(hops)
     result = create_array(out, (n, len(hops), d), np.float32)
     scratch = [out.with_name(f"{out.name}.scratch{i}") for i in (0, 1)]
+    blocks = list(row_blocks(n))
     try:
         maps = [create_array(path, (n, d), np.float32) for path in scratch]
+
+        def step(current: np.ndarray, hop: int) -> np.ndarray:
+            target, source = maps[hop % 2], np.asarray(current)
+
+            def rows(span: tuple[int, int]) -> int:
+                start, stop = span
+                moved = (1 - restart) * (operator.block(start, stop) @ source)
+                moved += restart * np.asarray(features_nd[start:stop], np.float32)
+                target[start:stop] = moved
+                if hop in hops:
+                    result[start:stop, hops.index(hop)] = moved
+                forget(operator.indices_nk, operator.weights_nk, result)
+                return stop - start
+
+            run_tasks(rows, blocks, workers, advance=advance)
+            forget(current, target, features_nd)
+            return target
+
+        if 0 in hops:
+            for start, stop in blocks:
+                result[start:stop, hops.index(0)] = features_nd[start:stop]
+                forget(result, features_nd)
         current = features_nd
-        for hop in range(max(hops) + 1):
-            if hop:
-                target = maps[hop % 2]
-                _step(operator, current, features_nd, restart, target, advance)
-                current = target
-            if hop in hops:
-                for start, stop in row_blocks(n):
-                    result[start:stop, hops.index(hop)] = current[start:stop]
+        for hop in range(1, max(hops) + 1):
+            current = step(current, hop)
         result.flush()
     finally:
         for path in scratch:
             path.unlink(missing_ok=True)
-
-
-def _step(
-    operator: Operator,
-    current: np.ndarray,
-    origin: np.ndarray,
-    restart: float,
-    target: np.ndarray,
-    advance: Callable[[int], None],
-) -> None:
-    source = np.asarray(current)
-    for start, stop in row_blocks(operator.n_cells):
-        target[start:stop] = (1 - restart) * (operator.block(start, stop) @ source) + restart * np.asarray(
-            origin[start:stop], np.float32
-        )
-        advance(stop - start)

@@ -48,7 +48,7 @@ def build_graph(context: Context, directory: RunDirectory) -> None:
             reporter.say(f"neighbour recall {audit.recall:.3f} (95 % CI {low}-{high}, {audit.cells} cells)")
             operator = cache.operator(neighbors)
             with reporter.stage("diffusion", cache.work) as progress:
-                cache.publish(name, operator, audit, progress.advance)
+                cache.publish(name, operator, audit, progress.advance, context.threads)
 
         if context.config.graph.cache_dir is None:
             build()

@@ -102,7 +102,7 @@ class Refresh:
         blended = blend(features.operator, fresh, self.config.refresh_blend)
         audit = replace(audit, method=f"{audit.method}, before it was blended with {features.operator_id}")
         with self.reporter.stage("refresh: diffusion", self.cache.work) as progress:
-            self.cache.publish(name, blended, audit, progress.advance)
+            self.cache.publish(name, blended, audit, progress.advance, self.threads)
         return open_features(self.cache, name)
 
     def _anchor_latent(self, features: CachedFeatures, model: DualStream) -> np.ndarray:
