@@ -15,13 +15,15 @@ from schelix_scale.errors import ConfigError
 from schelix_scale.features.onepass import MIN_BLOCK
 from schelix_scale.features.onepass import bytes_per_cell as pass_bytes_per_cell
 from schelix_scale.genes.sketch import BYTES_PER_VALUE, MIN_SKETCH
+from schelix_scale.graph.knn import choose_method
 from schelix_scale.stores.base import CellStore
 from schelix_scale.training.loader import BYTES_PER_VALUE as STREAM_BYTES_PER_VALUE
 from schelix_scale.training.loader import MIN_BLOCK as STREAM_MIN_BLOCK
 from schelix_scale.training.loader import shuffle_for
 
 BYTES_PER_CELL = 300  # names, obs, batch codes
-GRAPH_BYTES_PER_NEIGHBOR = 48  # indices, distances and weights while the operator is made
+EXACT_BYTES_PER_NEIGHBOR = 48  # indices, distances and weights while an exact graph is made
+GRAPH_BYTES_PER_CELL = 60  # lists and positions of cells; the rest of a graph lies on disk
 STREAM_SHARE = 0.25  # of the memory budget, for expression on its way to the training
 STAGES = ("genes", "features", "graph", "train", "embed")
 
@@ -55,7 +57,7 @@ def least_needs(store: CellStore, config: Config) -> list[Need]:
         ),
         Need(
             "graph",
-            n * (k * GRAPH_BYTES_PER_NEIGHBOR + BYTES_PER_CELL),
+            graph_memory(n, config),
             f"{k} neighbours of {n:,} cells",
             f", or lower graph.k (now {k})",
         ),
@@ -66,6 +68,13 @@ def least_needs(store: CellStore, config: Config) -> list[Need]:
         remedy = f', lower train.batch_size (now {config.train.batch_size}), or use train.input = "cache"'
         needs.append(Need("train", int(cells * per_cell * STREAM_BYTES_PER_VALUE), f"steps of {step} cells", remedy))
     return needs
+
+
+def graph_memory(n_cells: int, config: Config) -> int:
+    """Return the memory in bytes that the graph of ``n_cells`` holds at the least."""
+    k = config.graph.k
+    exact = choose_method(n_cells, config.graph) == "exact"
+    return n_cells * (BYTES_PER_CELL + (k * EXACT_BYTES_PER_NEIGHBOR if exact else GRAPH_BYTES_PER_CELL))
 
 
 def streams(config: Config) -> bool:

@@ -13,19 +13,14 @@ from typing import Any, TypeVar
 import numpy as np
 from scipy import sparse
 
-from schelix_scale.budget import (
-    BYTES_PER_CELL,
-    GRAPH_BYTES_PER_NEIGHBOR,
-    require_memory,
-    step_cells,
-    stream_memory,
-)
+from schelix_scale.budget import BYTES_PER_CELL, graph_memory, require_memory, step_cells, stream_memory
 from schelix_scale.config import Config, memory_budget
 from schelix_scale.errors import ConfigError, DataError
 from schelix_scale.features.onepass import BYTES_PER_VALUE as PASS_BYTES_PER_VALUE
 from schelix_scale.features.onepass import PASS_SHARE, block_size
 from schelix_scale.genes.sketch import BYTES_PER_VALUE as SKETCH_BYTES_PER_VALUE
 from schelix_scale.genes.sketch import SKETCH_SHARE, allocate, sketch_size, swept_cells
+from schelix_scale.graph.knn import choose_method
 from schelix_scale.provenance import available_cores
 from schelix_scale.publish import size_of
 from schelix_scale.requirements import requirements, with_batch_key
@@ -55,7 +50,7 @@ SECONDS_PER_VALUE = 4e-8  # read, check, normalise and project a stored value; s
 SECONDS_PER_SKETCH_CELL = 2.5e-4  # a round of PCA, Harmony, k-means and partition
 SECONDS_PER_PAIR = 4e-10  # exact search; shared by the cores
 COMPILATION_SECONDS = 25.0  # of pynndescent
-SECONDS_PER_NEIGHBOR = 8e-6  # pynndescent; shared by the cores
+SECONDS_PER_NEIGHBOR = {"ivf": 1.8e-6, "pynndescent": 8e-6}  # shared by the cores
 SECONDS_PER_STEP = 0.02  # a training step of 1,024 cells, which more cores do not speed up
 SECONDS_PER_WALK = 4.5e-4  # a step of 1,024 random walks on the operator
 SECONDS_PER_EMBEDDED_CELL = 3e-5  # diffuse and embed
@@ -179,18 +174,18 @@ def estimate_costs(store: CellStore, config: Config) -> tuple[int, float]:
     memory += max(
         sketch * (per_cell * SKETCH_BYTES_PER_VALUE + SKETCH_BYTES_PER_CELL),
         min(cores * block, n) * per_cell * PASS_BYTES_PER_VALUE,
-        n * graph.k * GRAPH_BYTES_PER_NEIGHBOR,
+        graph_memory(n, config),
         stream_memory(store, config),
     )
-    exact = graph.method == "exact" or (graph.method == "auto" and n < graph.exact_below)
-    search = n**2 * SECONDS_PER_PAIR if exact else n * graph.k * SECONDS_PER_NEIGHBOR
+    method = choose_method(n, graph)
+    search = n**2 * SECONDS_PER_PAIR if method == "exact" else n * graph.k * SECONDS_PER_NEIGHBOR[method]
     train = config.train
     size = step_cells(n, config)
     epoch = -(-n // size)
     steps = sum(min(phase, train.max_epochs * epoch) for phase in (train.align_steps, train.refine_steps))
     seconds = BASE_SECONDS + (swept_cells(store, config.sketch, sketch) + n) * per_cell * SECONDS_PER_VALUE / cores
     seconds += sketch * SECONDS_PER_SKETCH_CELL * config.genes.iterations
-    seconds += search / cores + (0 if exact else COMPILATION_SECONDS)
+    seconds += search / cores + (COMPILATION_SECONDS if method == "pynndescent" else 0)
     trained = train.enabled and config.strength > 0
     walked = min(train.refine_steps, train.max_epochs * epoch) * train.reach * SECONDS_PER_WALK
     seconds += trained * (steps * SECONDS_PER_STEP + walked) * size / 1024 + n * SECONDS_PER_EMBEDDED_CELL

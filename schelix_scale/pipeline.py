@@ -256,11 +256,11 @@ def _continue(
             _check_device(config)
             if config != directory.config:
                 directory.configure(config)
-            context = _recorded(directory, due, reporter, ranks)
+            context = recorded_context(directory, due, reporter, ranks)
         if ranks is not None:
             said = ranks.agree(directory.config.model_dump_json() if main else "")
             directory.config = Config.model_validate_json(said)
-            context = context if main else _recorded(directory, due, reporter, ranks)
+            context = context if main else recorded_context(directory, due, reporter, ranks)
         threads = context.threads if ranks is None else ranks.threads(context.threads)
         ahead = search_ahead(context, directory) if "graph" in due else nullcontext(context)
         with limited_threads(threads), ahead as ready:
@@ -312,7 +312,7 @@ def _started(
         yield context, directory
 
 
-def _recorded(directory: RunDirectory, due: Sequence[str], reporter: Reporter, ranks: Ranks | None) -> Context:
+def recorded_context(directory: RunDirectory, due: Sequence[str], reporter: Reporter, ranks: Ranks | None) -> Context:
     """Make the context of a prepared run from what its directory holds."""
     if "genes" not in recorded_stages(directory.path):
         raise not_done(directory, "genes")

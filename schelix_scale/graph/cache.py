@@ -140,6 +140,7 @@ class OperatorCache:
         """Write the operator, its audit and index, and the features it diffuses on ``threads`` threads."""
         graph, diffused = (self.root / path for path in self.artifacts(name))
         index = self._building(name) / INDEX
+        order = np.load(index / "cells.npy") if index.is_dir() else None
         with publish(graph) as partial:
             partial.mkdir()
             np.save(partial / "indices.npy", operator.indices_nk)
@@ -152,7 +153,7 @@ class OperatorCache:
             for stream in STREAMS:
                 target = partial / f"{stream}.npy"
                 hops, restart = self.config.hops, self.config.restart
-                diffuse(operator, self.features[stream], hops, restart, target, advance, threads)
+                diffuse(operator, self.features[stream], hops, restart, target, advance, threads, order)
         self.discard(name)
 
     def open(self, name: str) -> tuple[Operator, np.ndarray, np.ndarray]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from schelix_scale.graph.lists import CellIndex
 from schelix_scale.graph.nearest import distinct, nearest, nearest_in_blocks
-from schelix_scale.graph.vectors import cell_dtype, row_blocks
+from schelix_scale.graph.vectors import cell_dtype, forget, row_blocks
 from schelix_scale.progress import Reporter
 from schelix_scale.publish import disk_errors, write_json
 from schelix_scale.scheduling import run_tasks
@@ -324,3 +324,4 @@ def in_cell_order(index: CellIndex, files: FoundFiles, number: int, out: Sequenc
         here = positions[start:stop]
         indices[start:stop] = index.cells[neighbours[here]]
         distances[start:stop] = np.maximum(1 - scores[here], 0)
+        forget(indices, distances, neighbours, scores)

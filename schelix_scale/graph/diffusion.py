@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from schelix_scale.graph.operator import Operator
-from schelix_scale.graph.vectors import forget, row_blocks
+from schelix_scale.graph.vectors import forget, positions_of, row_blocks
 from schelix_scale.publish import create_array
 from schelix_scale.scheduling import run_tasks
 
@@ -21,14 +21,19 @@ def diffuse(
     out: Path,
     advance: Callable[[int], None] = lambda _: None,
     workers: int = 1,
+    order: np.ndarray | None = None,
 ) -> None:
     """Write F^(t) for t in ``hops`` to ``out``, an .npy of shape (n, len(hops), d) float32.
 
     F^(t+1) = (1 - restart) P F^(t) + restart F^(0). Row-major with the hops of a cell side by side, since
     training reads cells at random. Only two (n, d) arrays are kept, as memory maps beside ``out``; blocks of rows are
     computed on ``workers`` threads, and what they read is let go of.
+
+    ``order`` (n,) are all row numbers in an order in which neighbours are near each other, as that of `lists.CellIndex`:
+    rows are computed, and kept meanwhile, in it, so that a block reads few pages.
     """
     n, d = features_nd.shape
+    place = None if order is None else positions_of(order)
     hops = sorted(hops)
     result = create_array(out, (n, len(hops), d), np.float32)
     scratch = [out.with_name(f"{out.name}.scratch{i}") for i in (0, 1)]
@@ -41,11 +46,12 @@ def diffuse(
 
             def rows(span: tuple[int, int]) -> int:
                 start, stop = span
-                moved = (1 - restart) * (operator.block(start, stop) @ source)
-                moved += restart * np.asarray(features_nd[start:stop], np.float32)
+                cells = slice(start, stop) if order is None else order[start:stop]
+                moved = (1 - restart) * (operator.block(cells, place) @ source)
+                moved += restart * np.asarray(features_nd[cells], np.float32)
                 target[start:stop] = moved
                 if hop in hops:
-                    result[start:stop, hops.index(hop)] = moved
+                    result[cells, hops.index(hop)] = moved
                 forget(operator.indices_nk, operator.weights_nk, result)
                 return stop - start
 
@@ -58,6 +64,11 @@ def diffuse(
                 result[start:stop, hops.index(0)] = features_nd[start:stop]
                 forget(result, features_nd)
         current = features_nd
+        if order is not None:
+            current = maps[0]
+            for start, stop in blocks:
+                current[start:stop] = features_nd[order[start:stop]]
+                forget(current, features_nd)
         for hop in range(1, max(hops) + 1):
             current = step(current, hop)
         result.flush()

@@ -15,7 +15,7 @@ from typing import Self
 
 import numpy as np
 
-from schelix_scale.graph.vectors import cell_dtype, forget, row_blocks, unit_rows
+from schelix_scale.graph.vectors import cell_dtype, forget, positions_of, row_blocks, unit_rows
 from schelix_scale.publish import create_array
 from schelix_scale.scheduling import run_tasks
 
@@ -140,9 +140,7 @@ class CellIndex:
 
     def positions(self) -> np.ndarray:
         """Return the position (n,) of each row number."""
-        places = np.empty(self.n_cells, self.cells.dtype)
-        places[self.cells] = np.arange(self.n_cells, dtype=self.cells.dtype)
-        return places
+        return positions_of(self.cells)
 
     def members(self, lists: np.ndarray) -> np.ndarray:
         """Return the positions of the cells in lists, list after list as they are given."""

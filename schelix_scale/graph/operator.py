@@ -40,13 +40,13 @@ class Operator:
         """Number of cells, n."""
         return len(self.indices_nk)
 
-    def block(self, start: int, stop: int) -> sparse.csr_matrix:
-        """Rows ``start:stop`` as a (stop - start, n) CSR matrix."""
-        rows, k = stop - start, self.indices_nk.shape[1]
-        pointer = np.arange(0, rows * k + 1, k)
-        data = np.asarray(self.weights_nk[start:stop]).ravel()
-        columns = np.asarray(self.indices_nk[start:stop]).ravel()
-        return sparse.csr_matrix((data, columns, pointer), shape=(rows, self.n_cells))
+    def block(self, rows: slice | np.ndarray, position_n: np.ndarray | None = None) -> sparse.csr_matrix:
+        """Rows (m,) as an (m, n) CSR matrix, whose columns stand at ``position_n`` (n,) if that is given."""
+        data, columns = np.asarray(self.weights_nk[rows]), np.asarray(self.indices_nk[rows])
+        if position_n is not None:
+            columns = position_n[columns]
+        m, k = columns.shape
+        return sparse.csr_matrix((data.ravel(), columns.ravel(), np.arange(0, m * k + 1, k)), shape=(m, self.n_cells))
 
     def walk(self, rows: np.ndarray, steps: int, rng: np.random.Generator) -> np.ndarray:
         """Follow a random walk from each of ``rows`` (m,); return where it ends, (m,)."""

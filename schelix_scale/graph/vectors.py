@@ -28,6 +28,13 @@ def cell_dtype(n_cells: int) -> np.dtype:
     return np.dtype(np.int32 if n_cells < 2**31 else np.int64)
 
 
+def positions_of(order: np.ndarray) -> np.ndarray:
+    """Return where each number from 0 to n - 1 stands in ``order`` (n,)."""
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order), dtype=order.dtype)
+    return places
+
+
 def forget(*arrays: np.ndarray) -> None:
     """Let go of the pages of memory maps that this process holds; the system keeps them as long as it has room.
 

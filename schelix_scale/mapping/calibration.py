@@ -29,7 +29,7 @@ from schelix_scale.transfer import (
 
 EXACT_BELOW = 60_000
 WIDER = 6
-FIT_CELLS = 5_000
+FIT_CELLS = 2_000
 LEAST = 20
 
 

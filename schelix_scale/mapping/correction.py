@@ -6,7 +6,6 @@ The form is that of the reference's own correction (a mixture of linear experts,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +15,7 @@ from schelix_scale.features.correction import RIDGE_SHARE, SIGMA, MixtureCorrect
 ROUNDS = 8
 PRIOR_CELLS = 10.0
 BLOCK = 20_000
-PROBES = 500
+PROBES, CANDIDATES = 500, 4
 LIKELY = 0.95
 MIN_CELLS = 10
 COHERENT = 3.0
@@ -161,21 +160,17 @@ def fit_batch(
     leave_out
         A batch of the reference that it may not be like, since it is the batch itself.
     """
-    like = _most_like(clusters, np.asarray(anchor_nd[probes], np.float64), leave_out)
+    like = _most_like(clusters, np.asarray(anchor_nd[probes], np.float32), leave_out)
     k, v = len(clusters.centre_kd), clusters.variant_kv.shape[1]
     prior_kd = np.zeros_like(clusters.centre_kd) if like < 0 else clusters.correction.shift_kbd[:, like].astype(float)
     prior_kv = np.zeros((k, v)) if like < 0 else clusters.variant_shift_kbd[:, like].astype(float)
     ridge_k = np.maximum(RIDGE_SHARE * clusters.share_k * len(anchor_nd), PRIOR_CELLS)
     shift_kd, held_k = prior_kd, np.zeros(k, bool)
     count_k = np.zeros(k)
-    for _ in range(ROUNDS):
+    for _ in range(ROUNDS):  # always as many: to stop early would hang on the last digits
         count_k, residual_kd = _residuals(clusters, anchor_nd, anchor_nd, shift_kd, clusters.centre_kd)
         departure_kd, held_k = _plausible(clusters, residual_kd - prior_kd, count_k)
-        updated = prior_kd + (count_k / (count_k + ridge_k))[:, None] * departure_kd
-        moved = np.linalg.norm(updated - shift_kd, axis=1) @ count_k / max(count_k.sum(), 1)
-        shift_kd = updated
-        if moved < 1e-3 * clusters.usual_shift:
-            break
+        shift_kd = prior_kd + (count_k / (count_k + ridge_k))[:, None] * departure_kd
     count_k, residual_kv = _residuals(clusters, anchor_nd, variant_nv, shift_kd, clusters.variant_kv)
     variant_kv = prior_kv + np.where(held_k, 0.0, count_k / (count_k + ridge_k))[:, None] * (residual_kv - prior_kv)
     return BatchShift(shift_kd, variant_kv, like, float(count_k[held_k].sum() / max(count_k.sum(), 1e-9)))
@@ -187,17 +182,17 @@ def _residuals(
     """Soft counts (K,), and mean residuals (K, f) of values from the clusters' centres, 0 in clusters without cells."""
     count_k, total_kf = np.zeros(len(shift_kd)), np.zeros(centre_kf.shape)
     for start in range(0, len(anchor_nd), BLOCK):
-        z_md = np.asarray(anchor_nd[start : start + BLOCK], np.float64)
+        z_md = np.asarray(anchor_nd[start : start + BLOCK], np.float32)
         weights_mk = settle(clusters, z_md, shift_kd)[1]
-        count_k += weights_mk.sum(axis=0)
-        total_kf += weights_mk.T @ np.asarray(values_nf[start : start + BLOCK], np.float64)
+        count_k += weights_mk.sum(axis=0, dtype=np.float64)
+        total_kf += weights_mk.T @ np.asarray(values_nf[start : start + BLOCK], np.float32)
     residual = total_kf - count_k[:, None] * centre_kf
     return count_k, residual / np.maximum(count_k, 1e-9)[:, None]
 
 
 def settle(clusters: Clusters, z_nd: np.ndarray, shift_kd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Move cells by a batch's displacement as `MixtureCorrection.apply` does; return them and their weights (n, K)."""
-    corrected = z_nd
+    corrected, shift_kd = z_nd, shift_kd.astype(z_nd.dtype)
     for _ in range(3):
         weights = clusters.weights(corrected)
         corrected = z_nd - weights @ shift_kd
@@ -205,20 +200,23 @@ def settle(clusters: Clusters, z_nd: np.ndarray, shift_kd: np.ndarray) -> tuple[
 
 
 def _most_like(clusters: Clusters, z_pd: np.ndarray, leave_out: int | None) -> int:
-    """Return the batch of the reference whose displacement brings cells nearest to centroids; -1 for none."""
+    """Return the batch of the reference whose displacement brings cells nearest to centroids; -1 for none.
+
+    All are tried with the weights of uncorrected cells, and the best few and none as cells are corrected.
+    """
     shift_kbd = clusters.correction.shift_kbd
-    candidates: Iterator[int] = iter(b for b in range(shift_kbd.shape[1]) if b != leave_out)
-    best, best_score = -1, _nearness(clusters, z_pd, np.zeros(shift_kbd[:, 0].shape))
-    for batch in candidates:
-        score = _nearness(clusters, z_pd, shift_kbd[:, batch].astype(np.float64))
-        if score > best_score:
-            best, best_score = batch, score
-    return best
+    weights_pk = clusters.weights(z_pd)
+    batches = [batch for batch in range(shift_kbd.shape[1]) if batch != leave_out]
+    first = [_nearness(clusters, z_pd - weights_pk @ shift_kbd[:, batch]) for batch in batches]
+    best = [batches[place] for place in np.argsort(first, kind="stable")[::-1][:CANDIDATES]]
+    scores = {-1: _nearness(clusters, z_pd)}
+    scores |= {batch: _nearness(clusters, settle(clusters, z_pd, shift_kbd[:, batch])[0]) for batch in best}
+    return max(scores, key=lambda batch: scores[batch])
 
 
-def _nearness(clusters: Clusters, z_pd: np.ndarray, shift_kd: np.ndarray) -> float:
-    corrected, _ = settle(clusters, z_pd, shift_kd)
-    unit = corrected / np.maximum(np.linalg.norm(corrected, axis=1, keepdims=True), 1e-12)
+def _nearness(clusters: Clusters, corrected_pd: np.ndarray) -> float:
+    """Mean cosine of cells with the centroid nearest to them."""
+    unit = corrected_pd / np.maximum(np.linalg.norm(corrected_pd, axis=1, keepdims=True), 1e-12)
     return float((unit @ clusters.correction.centroids_kd.T).max(axis=1).mean())
 
 
@@ -257,7 +255,7 @@ def shifted(
     clusters: Clusters, shift: BatchShift, anchor_nd: np.ndarray, variant_nv: np.ndarray, strength: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Correct (n, d) and (n, v) components of a new batch's cells; float32."""
-    z_nd = np.asarray(anchor_nd, np.float64)
+    z_nd = np.asarray(anchor_nd, np.float32)
     _, weights_nk = settle(clusters, z_nd, shift.anchor_kd)
-    variant = np.asarray(variant_nv, np.float64) - strength * (weights_nk @ shift.variant_kv)
-    return (z_nd - strength * (weights_nk @ shift.anchor_kd)).astype(np.float32), variant.astype(np.float32)
+    anchor = z_nd - strength * (weights_nk @ shift.anchor_kd.astype(np.float32))
+    return anchor, np.asarray(variant_nv - strength * (weights_nk @ shift.variant_kv.astype(np.float32)), np.float32)

@@ -45,7 +45,7 @@ from schelix_scale.stores.values import ValueKind, decide_values
 
 DECIDED = 5_000
 BLOCK, QUERY_BLOCK = 8_192, 65_536
-FIT_CELLS = 100_000
+FIT_CELLS = 20_000
 RAW, CORRECTED = "features/{}_raw.npy", "features/{}.npy"
 STREAMS = ("anchor", "variant")
 MOVES = "features/{}_learned.npy"

@@ -11,14 +11,10 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from schelix_scale.config import DataConfig
-from schelix_scale.errors import StoreError
-from schelix_scale.stores._addresses import absolute, labels_of, local_path, matches
+from schelix_scale.stores._addresses import absolute, labels_of, local_path
 from schelix_scale.stores._align import align_column, join_genes
 from schelix_scale.stores._rows import check_positions, stack
-from schelix_scale.stores._soma import OF_CENSUS, OF_SOMA
 from schelix_scale.stores.base import CellStore, Measured, check_columns
-from schelix_scale.stores.opening import is_pattern, open_configured, readable
 
 FILE_COLUMNS = ("file", "source_file", "schelix_file")
 
@@ -260,54 +256,6 @@ def addresses_of(store: CellStore) -> tuple[str, ...]:
 def source_address(store: CellStore) -> str:
     """Return what a run records of where its cells are: an absolute path or an address; of several files a summary."""
     return store.source if isinstance(store, JoinedStore) else absolute(store.source)
-
-
-def open_joined(sources: Sequence[object], data: DataConfig) -> CellStore:
-    """Open several sources as one; a single one is opened as it is.
-
-    Parameters
-    ----------
-    sources
-        Paths, addresses and patterns, taken as given; the files that a pattern matches are sorted naturally (donor2
-        before donor10).
-    data
-        Settings that each of them is opened with, and ``genes_join``. What only SOMA or the Census read must be of use
-        to one of the sources; ``obs_filter``, which selects cells, to each.
-
-    Raises
-    ------
-    StoreError
-        A source cannot be opened or is given twice, a pattern matches nothing, or there is nothing at all.
-    DataError
-        Genes cannot be joined, see `JoinedStore`.
-    """
-    addresses: list[str] = []
-    for source in sources:
-        if not isinstance(source, str | Path):
-            raise StoreError(
-                f"Several sources are given as paths; one is a {type(source).__qualname__}. Write it to a file, or "
-                "join the objects first (anndata.concat)."
-            )
-        text = str(source)
-        addresses += matches(text) if is_pattern(local_path(text)) else [text]
-    if not addresses:
-        raise StoreError("An empty list of files holds no cells. Give at least one path.")
-    first: dict[str, str] = {}
-    for address in addresses:
-        place = absolute(address)
-        if place in first:
-            raise StoreError(f"{address} is given twice (first as {first[place]}). Leave one out.")
-        first[place] = address
-    shared = _shared(addresses, data)
-    parts = [open_configured(address, own) for address, own in zip(addresses, shared, strict=True)]
-    return parts[0] if len(parts) == 1 else JoinedStore(parts, addresses, data.genes_join, data.layer)
-
-
-def _shared(addresses: Sequence[str], data: DataConfig) -> list[DataConfig]:
-    """Return the settings for each source: without those that only others of them read."""
-    default, reads = DataConfig(), [readable(address) for address in addresses]
-    needless = {name for name in (*OF_SOMA, *OF_CENSUS) if name != "obs_filter" and any(name in read for read in reads)}
-    return [data.model_copy(update={name: getattr(default, name) for name in needless - read}) for read in reads]
 
 
 def _free_name(columns: dict[str, None]) -> str:

@@ -124,11 +124,11 @@ class MemoryStore(CellStore):
         for array in arrays:
             digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         for name, column in self._obs.items():
-            digest.update(str(name).encode() + _hashed(column))
+            digest.update(str(name).encode() + hashed(column))
         return digest.hexdigest()
 
 
-def _hashed(column: pd.Series) -> bytes:
+def hashed(column: pd.Series) -> bytes:
     """Return hashes of the values of a column; text and its categories, which anndata makes of it, have the same."""
     kind = column.dtype
     missing = column.isna().to_numpy()

@@ -11,11 +11,12 @@ from pydantic import ValidationError
 
 from schelix_scale.config import DataConfig
 from schelix_scale.errors import StoreError
-from schelix_scale.stores._addresses import local_path
+from schelix_scale.stores._addresses import absolute, local_path, matches
 from schelix_scale.stores._soma import OF_CENSUS, OF_SOMA
 from schelix_scale.stores.anndata import AnnDataStore
 from schelix_scale.stores.base import CellStore
-from schelix_scale.stores.memory import MemoryStore
+from schelix_scale.stores.joined import JoinedStore
+from schelix_scale.stores.memory import MemoryStore, hashed
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -74,12 +75,10 @@ def open_configured(source: Source, data: DataConfig) -> CellStore:
         return _open_address(source, data)
     anndata = sys.modules.get("anndata")
     if anndata is not None and isinstance(source, anndata.AnnData):
-        refuse_ignored("An AnnData", data)
+        _refuse_ignored("An AnnData", data)
         return _reopen(source, data.layer) if source.isbacked else MemoryStore(source, data.layer)
     if isinstance(source, Sequence):
-        from schelix_scale.stores.joined import open_joined
-
-        return open_joined(list(source), data)
+        return _open_joined(list(source), data)
     raise StoreError(
         f"Cells cannot be read from a {type(source).__qualname__}. Give a path, several paths, an AnnData or a "
         "CellStore."
@@ -115,9 +114,7 @@ def _open_address(source: str | Path, data: DataConfig) -> CellStore:
         return open_census(text, data)
     local = local_path(text)
     if is_pattern(local):
-        from schelix_scale.stores.joined import open_joined
-
-        return open_joined([local], data)
+        return _open_joined([local], data)
     if "://" in local and local.rstrip("/").endswith(FILES):
         raise StoreError(
             f"{text} is a remote address; h5ad and zarr are read from local paths. Copy it to a local disk."
@@ -125,22 +122,70 @@ def _open_address(source: str | Path, data: DataConfig) -> CellStore:
     if is_soma(text):
         from schelix_scale.stores.soma import open_soma
 
-        refuse_ignored(text, data, OF_CENSUS)
+        _refuse_ignored(text, data, OF_CENSUS)
         return open_soma(text, data)
     if "://" in local:
         raise StoreError(f"{text} is a remote address of no kind that is read. Copy it to a local disk.")
-    refuse_ignored(local, data)
+    _refuse_ignored(local, data)
     return AnnDataStore(local, data.layer)
 
 
-def readable(address: str) -> frozenset[str]:
+def _open_joined(sources: Sequence[object], data: DataConfig) -> CellStore:
+    """Open several sources as one; a single one is opened as it is.
+
+    Parameters
+    ----------
+    sources
+        Paths, addresses and patterns, taken as given; the files that a pattern matches are sorted naturally (donor2
+        before donor10).
+    data
+        Settings that each of them is opened with, and ``genes_join``. What only SOMA or the Census read must be of use
+        to one of the sources; ``obs_filter``, which selects cells, to each.
+
+    Raises
+    ------
+    StoreError
+        A source cannot be opened or is given twice, a pattern matches nothing, or there is nothing at all.
+    DataError
+        Genes cannot be joined, see `JoinedStore`.
+    """
+    addresses: list[str] = []
+    for source in sources:
+        if not isinstance(source, str | Path):
+            raise StoreError(
+                f"Several sources are given as paths; one is a {type(source).__qualname__}. Write it to a file, or "
+                "join the objects first (anndata.concat)."
+            )
+        text = str(source)
+        addresses += matches(text) if is_pattern(local_path(text)) else [text]
+    if not addresses:
+        raise StoreError("An empty list of files holds no cells. Give at least one path.")
+    first: dict[str, str] = {}
+    for address in addresses:
+        place = absolute(address)
+        if place in first:
+            raise StoreError(f"{address} is given twice (first as {first[place]}). Leave one out.")
+        first[place] = address
+    shared = _shared(addresses, data)
+    parts = [open_configured(address, own) for address, own in zip(addresses, shared, strict=True)]
+    return parts[0] if len(parts) == 1 else JoinedStore(parts, addresses, data.genes_join, data.layer)
+
+
+def _shared(addresses: Sequence[str], data: DataConfig) -> list[DataConfig]:
+    """Return the settings for each source: without those that only others of them read."""
+    default, reads = DataConfig(), [_readable(address) for address in addresses]
+    needless = {name for name in (*OF_SOMA, *OF_CENSUS) if name != "obs_filter" and any(name in read for read in reads)}
+    return [data.model_copy(update={name: getattr(default, name) for name in needless - read}) for read in reads]
+
+
+def _readable(address: str) -> frozenset[str]:
     """Return which of the settings of SOMA and the Census are read by the kind of source that is at an address."""
     if address.startswith("census:"):
         return frozenset((*OF_SOMA, *OF_CENSUS))
     return frozenset(OF_SOMA if is_soma(address) else ())
 
 
-def refuse_ignored(what: str, data: DataConfig, names: Sequence[str] = (*OF_SOMA, *OF_CENSUS)) -> None:
+def _refuse_ignored(what: str, data: DataConfig, names: Sequence[str] = (*OF_SOMA, *OF_CENSUS)) -> None:
     """Raise a `StoreError` for settings ``names`` of SOMA and the Census that a source would not be read by."""
     default = DataConfig()
     given = [name for name in names if getattr(data, name) != getattr(default, name)]
@@ -178,4 +223,8 @@ def _reopen(adata: AnnData, layer: str) -> CellStore:
     unsaved = [str(name) for name in adata.obs.columns if name not in store.obs_columns]
     if unsaved:
         raise StoreError(f"obs columns {unsaved[:5]} of this backed AnnData are not in {adata.filename}. {remedy}")
+    saved = store.obs([str(name) for name in adata.obs.columns])
+    changed = [str(name) for name in adata.obs.columns if hashed(adata.obs[name]) != hashed(saved[str(name)])]
+    if changed:
+        raise StoreError(f"obs columns {changed[:5]} of this backed AnnData differ from {adata.filename}. {remedy}")
     return store

@@ -87,6 +87,23 @@ def test_read_only_maps_and_half_precision(operator: Operator, features_nd: np.n
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), half)
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("hops", [(0, 1, 3), (2,), (1, 2)])
+def test_rows_in_any_order(
+    operator: Operator,
+    features_nd: np.ndarray,
+    hops: tuple[int, ...],
+    workers: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(diffusion, "row_blocks", lambda n: [(i, min(i + 9, n)) for i in range(0, n, 9)])
+    order = np.random.default_rng(3).permutation(N).astype(np.int32)
+    diffuse(operator, features_nd, hops, 0.3, tmp_path / "f.npy", workers=workers, order=order)
+    expected = np.stack([recursion(operator, features_nd, 0.3, 3)[hop] for hop in hops], axis=1)
+    np.testing.assert_allclose(np.load(tmp_path / "f.npy"), expected, atol=1e-5)
+
+
 def test_a_stream_without_dimensions(operator: Operator, tmp_path: Path) -> None:
     diffuse(operator, np.zeros((N, 0), np.float32), (0, 1, 3), 0.3, tmp_path / "f.npy")
     assert np.load(tmp_path / "f.npy", mmap_mode="r").shape == (N, 3, 0)

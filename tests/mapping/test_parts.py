@@ -152,7 +152,7 @@ def test_a_query_diffuses_as_a_row_of_the_operator_would() -> None:
     z, _, batch = gaussian_cells(n=120, d=6, seed=1)
     neighbors = find_neighbors(z, 8, "exact", 0, 1)
     operator = build_operator(neighbors, batch, 1.0, 5)
-    dense = operator.block(0, len(z)).toarray()
+    dense = operator.block(slice(0, len(z))).toarray()
     levels_n = [z.astype(np.float32)]
     for _ in range(3):
         levels_n.append((0.7 * dense @ levels_n[-1] + 0.3 * z).astype(np.float32))

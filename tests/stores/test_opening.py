@@ -95,6 +95,12 @@ def test_backed(path: Path) -> None:
     assert store.source == str(path)
     with pytest.raises(StoreError, match=r"is a view of part of .*cells\.h5ad.*to_memory"):
         open_store(backed[:10])
+    note = backed.obs["note"].copy()
+    backed.obs["note"] = "z"
+    with pytest.raises(StoreError, match=r"obs columns \['note'\] of this backed AnnData differ from .*to_memory"):
+        open_store(backed)
+    backed.obs["note"] = note.astype(object)
+    assert open_store(backed).source == str(path)
     backed.obs["new"] = 1
     with pytest.raises(StoreError, match=r"obs columns \['new'\] of this backed AnnData are not in"):
         open_store(backed)
