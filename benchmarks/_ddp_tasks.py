@@ -18,13 +18,11 @@ IN_RAM = 8  # minibatches that the floor takes in turn
 
 def train(run: str, batch: int, steps: int, threads: int) -> dict[str, Any]:
     """Train both phases as a run does, without validation; cells a second of each."""
-    import torch
-
+    from schelix_scale.compute import torch_at_work
     from schelix_scale.training.dist import joined
     from schelix_scale.training.loop import train as train_model
 
-    torch.set_num_threads(threads)
-    with joined("cpu") as ranks, tempfile.TemporaryDirectory() as folder:
+    with torch_at_work(threads), joined("cpu") as ranks, tempfile.TemporaryDirectory() as folder:
         training, features = _training(run, batch, steps, Path(ranks.agree(folder)), ranks)
         clock = _clock()
         train_model(training, features, clock)
@@ -36,15 +34,15 @@ def floor(run: str, batch: int, steps: int, threads: int) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from schelix_scale.compute import torch_at_work
     from schelix_scale.training.checkpoint import TrainState
     from schelix_scale.training.dist import ALONE
     from schelix_scale.training.log import TrainingLog
     from schelix_scale.training.loop import build_model, weights
     from schelix_scale.training.phase import Phase
 
-    torch.set_num_threads(threads)
     speeds = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with torch_at_work(threads), tempfile.TemporaryDirectory() as folder:
         training, features = _training(run, batch, steps, Path(folder), ALONE)
         model = build_model(features, training.config, 0)
         for number, (name, budget) in enumerate(training.phases(model)):
@@ -198,6 +196,10 @@ TASKS = {"train": train, "floor": floor, "idle": idle, "scvi": scvi}
 
 if __name__ == "__main__":
     sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from schelix_scale.compute import keep_memory_low, share_cores
+
+    share_cores()  # as every run does, before torch is loaded
+    keep_memory_low()
     task = json.loads(sys.argv[1])
     out = Path(sys.argv[2]) / f"{os.environ.get('RANK', '0')}.json"
     found = TASKS[task.pop("task")](**task)

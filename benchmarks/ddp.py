@@ -94,8 +94,8 @@ def measure(arguments: argparse.Namespace, temporary: Path) -> dict[str, Any]:
     chosen = contenders(arguments.cores, arguments.scvi_cells > 0)
     found: dict[str, list[list[dict[str, Any]]]] = {one.label: [] for one in chosen}
     for number in range(arguments.rounds):
-        for one in chosen:
-            ranks = run(one, arguments, temporary / f"{number}-{len(found[one.label])}-{one.task}-{one.threads}")
+        for place, one in enumerate(chosen):
+            ranks = run(one, arguments, temporary / f"{number}-{place}")
             speeds = {name: f"{speed:,.0f}" for name, speed in ranks[0].get("speed", {}).items()}
             print(f"round {number}: {one.label}: {speeds or 'memory only'}", flush=True)
             found[one.label].append(ranks)
@@ -130,7 +130,7 @@ def run(one: Contender, arguments: argparse.Namespace, scratch: Path) -> list[di
 
 def speed_of(rounds: Sequence[Sequence[dict[str, Any]]]) -> list[float]:
     """Return cells a second of each round: the cells of all phases by the time of all phases."""
-    return [statistics.harmonic_mean(ranks[0]["speed"].values()) for ranks in rounds]
+    return [statistics.harmonic_mean(list(ranks[0]["speed"].values())) for ranks in rounds]
 
 
 def ratios(found: dict[str, list[list[dict[str, Any]]]], cores: int) -> dict[str, float]:

@@ -20,14 +20,16 @@ from typer.testing import CliRunner
 
 from schelix_scale import scheduling
 from schelix_scale.cli import app
+from schelix_scale.config import GraphConfig
 from schelix_scale.config_io import load_config
 from schelix_scale.errors import ConfigError, DataError, RunError
 from schelix_scale.features import onepass
+from schelix_scale.graph import build, descent
 from schelix_scale.pipeline import integrate
 from schelix_scale.progress import QuietReporter
 from schelix_scale.scheduling import run_tasks
 
-from .synthetic import make_cells
+from .synthetic import gaussian_cells, make_cells
 
 SETTINGS = {"max_memory": "12MB", "threads": 2, "graph.k": 10, "train.enabled": False, "genes.iterations": 1}
 
@@ -71,6 +73,22 @@ def test_threads_and_a_cluster_write_the_same_bytes(cluster: Any, source: Path, 
     for name in files:
         assert (here / "features" / name).read_bytes() == (there / "features" / name).read_bytes()
     assert "shared_block" in cluster.scheduler.task_prefixes, "the cluster did it"
+
+
+def test_neighbours_are_searched_on_a_cluster(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both the lists and, with few of them at the start, the rounds; several tasks of each."""
+    monkeypatch.setattr(build, "PROBES", 2)
+    monkeypatch.setattr(descent, "SPANS_A_TASK", 1)
+    monkeypatch.setattr(descent, "MIN_CANDIDATES", 30)
+    z_nd = np.asarray(gaussian_cells(n=9_000, d=12, n_types=6)[0], np.float32)
+    config = GraphConfig(method="ivf", k=15)
+    here, _ = build.build_neighbors(z_nd, tmp_path / "threads", config, 0, 2, 10**12)
+    address = cluster.scheduler_address
+    there, _ = build.build_neighbors(z_nd, tmp_path / "cluster", config, 0, 2, 10**12, scheduler=address)
+    np.testing.assert_array_equal(there.indices_nk, here.indices_nk)
+    np.testing.assert_array_equal(there.distances_nk, here.distances_nk)
+    done = {name.partition("(")[0] for name in cluster.scheduler.task_prefixes}
+    assert {"Probe", "Expand"} <= done, "the cluster did it"
 
 
 def test_a_run_goes_on_with_another_scheduler(cluster: Any, source: Path, tmp_path: Path) -> None:

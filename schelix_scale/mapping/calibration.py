@@ -136,7 +136,7 @@ def _map_batch(frozen: Frozen, batch: int, fit: np.ndarray, rows: np.ndarray) ->
         shift = fit_batch(clusters, np.asarray(frozen.raw_na[fit]), empty, probes, leave_out=batch)
         corrected, _ = shifted(clusters, shift, raw, empty[: len(rows)], frozen.streams.strength)
     indices, distances = _neighbors_elsewhere(frozen, corrected, batch)
-    return _HeldOut(rows, indices, distances, frozen.novelty(raw, corrected, distances, frozen.widths(indices)))
+    return _HeldOut(rows, indices, distances, frozen.novelty(raw, corrected, distances))
 
 
 def _neighbors_elsewhere(frozen: Frozen, corrected_md: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:

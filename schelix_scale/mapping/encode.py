@@ -107,7 +107,7 @@ def encode_cells(
     width_mk = frozen.widths(indices_mk)
     settings = graph_settings(frozen.config)
     weights = query_weights(distances_mk, width_mk, frozen.batch_n[indices_mk], frozen.theta, settings.kernel_neighbor)
-    score = frozen.novelty(raw_ma, features[0], distances_mk, width_mk)
+    score = frozen.novelty(raw_ma, features[0], distances_mk)
     p_value = calibration.novelty.p_values(score)
     kept = np.minimum(1.0, p_value / level) if level > 0 else np.ones(len(p_value))
     diffused = [

@@ -16,10 +16,9 @@ BLOCK = 4_096
 class NoveltyScore:
     """Score of how novel a cell is, higher is more.
 
-    log M(z) + log M(z') + (log d - mean log sigma) / 2: M is the Mahalanobis distance to the clusters' centres, with
-    their pooled covariance, weighted by cluster membership, of a cell before and after its batch's correction (which
-    can move a type that the reference lacks onto one that it has); d is the mean distance to the 7 nearest cells and
-    sigma those cells' kernel widths.
+    log M(z) + log M(z') + log(d) / 2: M is the squared Mahalanobis distance to the clusters' centres, with their pooled
+    covariance, weighted by cluster membership, of a cell before and after its batch's correction (which can move a
+    type that the reference lacks onto one that it has); d is the mean distance to the 7 nearest cells.
 
     Attributes
     ----------
@@ -41,21 +40,19 @@ class NoveltyScore:
         covariance += np.eye(len(covariance)) * max(1e-3 * np.trace(covariance) / len(covariance), 1e-12)
         return cls(clusters, np.linalg.cholesky(np.linalg.inv(covariance)))
 
-    def __call__(
-        self, raw_md: np.ndarray, corrected_md: np.ndarray, distances_mk: np.ndarray, width_mk: np.ndarray
-    ) -> np.ndarray:
+    def __call__(self, raw_md: np.ndarray, corrected_md: np.ndarray, distances_mk: np.ndarray) -> np.ndarray:
         """Score cells, (m,).
 
         Parameters
         ----------
         raw_md, corrected_md
             (m, d) Anchor components before and after the batch's correction.
-        distances_mk, width_mk
-            (m, k) distances to the neighbours, nearest first, and their kernel widths.
+        distances_mk
+            (m, k) distances to the neighbours, nearest first.
         """
-        near = distances_mk[:, :NEIGHBORS].astype(np.float64)
-        crowding = np.log(np.maximum(near.mean(axis=1), 1e-9)) - np.log(width_mk[:, :NEIGHBORS]).mean(axis=1)
-        return np.asarray(self._spread(raw_md) + self._spread(corrected_md) + 0.5 * crowding)
+        near = distances_mk[:, :NEIGHBORS].astype(np.float64).mean(axis=1)
+        spread = self._spread(raw_md) + self._spread(corrected_md)
+        return np.asarray(spread + 0.5 * np.log(np.maximum(near, 1e-9)))
 
     def _spread(self, z_md: np.ndarray) -> np.ndarray:
         out = np.empty(len(z_md))

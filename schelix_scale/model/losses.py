@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 SAME_BATCH_WEIGHT = 2.0
+BLOCK = 1_024  # queries whose logits are computed together
 
 
 def contrast(
@@ -33,12 +34,26 @@ def contrast(
     -------
     The sum over queries, divided by n: the terms of all ranks add up to the mean.
     """
-    logits = normalize(query_md, dim=1) @ normalize(target_nd, dim=1).T / temperature
+    query_md, target_dn = normalize(query_md, dim=1), normalize(target_nd, dim=1).T
+    losses = [
+        _contrast_block(
+            query_md[i : i + BLOCK], target_dn, query_batch_m[i : i + BLOCK], target_batch_n, temperature, i + first
+        )
+        for i in range(0, max(1, len(query_md)), BLOCK)
+    ]
+    return torch.stack(losses).sum() / len(target_nd)
+
+
+def _contrast_block(
+    query_md: Tensor, target_dn: Tensor, query_batch_m: Tensor, target_batch_n: Tensor, temperature: float, first: int
+) -> Tensor:
+    """Sum over a block of queries; all at once, n x n logits would have to be fetched from memory again and again."""
+    logits = query_md @ target_dn / temperature
     own = torch.arange(first, first + len(logits), device=logits.device)
     same = query_batch_m[:, None] == target_batch_n[None, :]
     same[own - first, own] = False
     logits = logits + same * torch.log(torch.tensor(SAME_BATCH_WEIGHT, device=logits.device))
-    return cross_entropy(logits, own, reduction="sum") / len(target_nd)
+    return cross_entropy(logits, own, reduction="sum")
 
 
 def pull_together(

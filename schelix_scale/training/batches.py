@@ -21,6 +21,7 @@ from schelix_scale.training.walks import walk
 
 WALK_STEPS, WALK_TAG = 2, 0x3A1C
 AHEAD = 2
+ALL, LAST = slice(None), slice(-1, None)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Batches:
         else:
             ends = walk(operator, rows[mine], draw_sm[:, mine])[-1]
         own = self.features.cells(rows[mine], self.device, expressed)
-        return StepCells(own, self.features.cells(ends, self.device), len(rows))
+        hops = LAST if self.phase == REFINE else ALL  # Refine takes their backbones only
+        return StepCells(own, self.features.cells(ends, self.device, hops=hops), len(rows))
 
     def mine(self, rows: np.ndarray) -> np.ndarray:
         """Return the positions of this rank's cells in ``rows``."""

@@ -78,13 +78,16 @@ class CachedFeatures:
         """Number of cells, n."""
         return len(self.batch_n)
 
-    def cells(self, rows: np.ndarray, device: torch.device, expressed: Expressed | None = None) -> Cells:
-        """Bring rows (m,) to the device; hop 0, the first one, as ``expressed`` if given."""
+    def cells(
+        self, rows: np.ndarray, device: torch.device, expressed: Expressed | None = None, hops: slice = slice(None)
+    ) -> Cells:
+        """Bring some hops of rows (m,) to the device; hop 0, the first one, as ``expressed`` if given."""
         if self.resident is not None:
             chosen = to_device(rows, device)
             anchor, variant, batch = (array[chosen] for array in self.resident)
+            anchor, variant = anchor[:, hops], variant[:, hops]
         else:
-            parts = self.anchor_nta[rows], self.variant_ntv[rows], self.batch_n[rows].astype(np.int64)
+            parts = self.anchor_nta[rows, hops], self.variant_ntv[rows, hops], self.batch_n[rows].astype(np.int64)
             anchor, variant, batch = (to_device(part, device) for part in parts)
         if expressed is None:
             return Cells(anchor, variant, batch)

@@ -73,3 +73,21 @@ def test_pull_together_is_least_between_the_two() -> None:
         torch.autograd.backward(pull_together(fused, backbone, far, 0.75))
         optimizer.step()
     np.testing.assert_allclose(fused.detach().numpy(), [[3.0, 0.5]], atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [4, 100])
+def test_shares_and_blocks_of_queries_add_up(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Queries split over ranks, against the targets of all, and computed a few at a time."""
+    monkeypatch.setattr("schelix_scale.model.losses.BLOCK", block)
+    rng = np.random.default_rng(4)
+    query, target = rng.normal(size=(2, 11, 5)) * 3
+    own, other = rng.integers(0, 3, (2, 11))
+    parts = [
+        contrast(*(torch.from_numpy(v) for v in (query[a:b], target, own[a:b], other)), 0.2, a)
+        for a, b in ((0, 6), (6, 6), (6, 11))
+    ]
+    expected = by_hand(query, target, own.tolist(), other.tolist(), 0.2)
+    assert float(torch.stack(parts).sum()) == pytest.approx(expected, rel=1e-9)
+    fused, backbone, far = (torch.from_numpy(rng.normal(size=(11, 4))) for _ in range(3))
+    pulls = [pull_together(fused[a:b], backbone[a:b], far[a:b], 0.7, 11) for a, b in ((0, 6), (6, 6), (6, 11))]
+    assert float(torch.stack(pulls).sum()) == pytest.approx(float(pull_together(fused, backbone, far, 0.7)), rel=1e-12)

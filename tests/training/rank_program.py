@@ -67,10 +67,12 @@ class Recording(CachedFeatures):
 
     file: Path = Path()
 
-    def cells(self, rows: np.ndarray, device: torch.device, expressed: Expressed | None = None) -> Cells:
+    def cells(
+        self, rows: np.ndarray, device: torch.device, expressed: Expressed | None = None, hops: slice = slice(None)
+    ) -> Cells:
         with self.file.open("a") as file:
             file.write(json.dumps([self.operator_id, np.asarray(rows).tolist()]) + "\n")
-        return super().cells(rows, device, expressed)
+        return super().cells(rows, device, expressed, hops)
 
 
 class RecordingCache(Cache):
