@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run whose graph is built")
-    parser.add_argument("--batch", type=int, default=4_096, help="cells of a step (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=1_024, help="cells of a step (default: that of runs, %(default)s)")
     parser.add_argument("--steps", type=int, default=150, help="of each phase (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--cores", type=int, default=2, help="default: %(default)s")

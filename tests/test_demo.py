@@ -25,8 +25,9 @@ def test_the_demo_uses_its_config_file() -> None:
     assert load_config(CONFIGS / "demo.toml") == load_config(None, SETTINGS)
 
 
-def test_there_are_four_configs() -> None:
-    assert sorted(path.name for path in CONFIGS.iterdir()) == ["atlas.toml", "census.toml", "demo.toml", "small.toml"]
+def test_there_are_these_configs() -> None:
+    names = ["atlas", "census", "demo", "map", "small", "torchrun"]
+    assert sorted(path.name for path in CONFIGS.iterdir()) == [f"{name}.toml" for name in names]
 
 
 @pytest.mark.parametrize("name", ["atlas", "census", "demo", "small"])

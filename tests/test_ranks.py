@@ -91,3 +91,15 @@ def test_torchrun_itself_and_an_error_that_is_said_once(
     with pytest.raises(TrainingError, match="a rank of 2 has failed; what it said stands above"):
         continue_run(out, "train", nproc=2, reporter=QuietReporter())
     assert capfd.readouterr().err.count(f"Run `schelix graph {out}` first") == 1
+
+
+def test_ranks_read_their_own_cells_of_expression(ready: Path, tmp_path: Path) -> None:
+    """Learned loadings: what two ranks stream from the source trains and embeds as one process does."""
+    settings = {"train.input": "stream", "train.loadings": "learned", "train.alignment": "symmetric"}
+    embeddings = []
+    for nproc in (1, 2):
+        out = Path(shutil.copytree(ready, tmp_path / f"run{nproc}"))
+        run = continue_run(out, "train", then=["embed"], nproc=nproc, reporter=QuietReporter(), **settings)
+        assert run is not None
+        embeddings.append(run.embedding)
+    np.testing.assert_allclose(embeddings[1], embeddings[0], atol=1e-4)

@@ -95,7 +95,7 @@ def extend(
     source = _description(reference, store)
     with (
         RunDirectory.claim(out, reference.frozen.config, source, overwrite) as directory,
-        limited_threads(reference.threads),
+        limited_threads(1),  # blocks are shared out to threads, each of which does the work of one
     ):
         if not (directory.path / "manifest.json").exists() or directory.verify():
             _fill(reference, store, batches, directory, chosen, reporter)

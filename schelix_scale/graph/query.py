@@ -20,7 +20,7 @@ from schelix_scale.graph.nearest import distinct, nearest, nearest_in_blocks
 from schelix_scale.graph.vectors import row_blocks, unit_rows
 from schelix_scale.scheduling import run_tasks
 
-EXACT_QUERIES = 1_000
+EXACT_QUERIES, CHECKED_CELLS = 1_000, 64
 EXPAND = 10  # neighbours whose neighbours in the graph are looked at
 
 
@@ -67,6 +67,10 @@ class QueryIndex:
                 f"{graph} is a graph of {len(indices):,} cells, and the features are those of {len(features_nd):,} "
                 f"with {features_nd.shape[1]} dimensions. Check the run: schelix verify."
             )
+        if index is not None:
+            looked = np.linspace(0, index.n_cells - 1, CHECKED_CELLS).astype(np.int64)
+            if not np.allclose(index.vectors_nd[looked], unit_rows(features_nd[index.cells[looked]]), atol=1e-6):
+                raise GraphError(f"{graph} is a graph of other features. Check the run: schelix verify.")
         return cls(features_nd, indices, index, np.zeros(0, np.int32) if index is None else index.positions())
 
     @property

@@ -294,7 +294,7 @@ def map_cells(
     share_cores()
     keep_memory_low()
     reference = Reference.open(run, threads)
-    with limited_threads(reference.threads):
+    with limited_threads(1):  # blocks are shared out to threads, each of which does the work of one
         return reference.map(
             query,
             batch_key=batch_key,

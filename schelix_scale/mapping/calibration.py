@@ -116,42 +116,56 @@ def hold_out(frozen: Frozen, settings: MapConfig, advance: Callable[[int], None]
     if len(batches) > settings.calibration_batches:
         batches = np.sort(rng.choice(batches, settings.calibration_batches, replace=False))
     share = max(1, settings.calibration_cells // len(batches))
-    parts = []
+    chosen, moved = [], []
     for batch in batches:
         cells = np.flatnonzero(frozen.batch_n == batch)
         fit = np.sort(rng.choice(cells, min(FIT_CELLS, len(cells)), replace=False))
         rows = np.sort(rng.choice(fit, min(share, len(fit)), replace=False))
         if len(cells) < frozen.n_cells - frozen.config.graph.k:
-            parts.append(_map_batch(frozen, int(batch), fit, rows))
+            chosen.append(rows)
+            moved.append(_corrected(frozen, int(batch), fit, rows))
         advance(share)
-    return _HeldOut(*(np.concatenate([getattr(part, name) for part in parts]) for name in vars(parts[0])))
+    rows, corrected = np.concatenate(chosen), np.concatenate(moved)
+    indices, distances = _neighbors_elsewhere(frozen, corrected, frozen.batch_n[rows])
+    scores = frozen.novelty(np.asarray(frozen.raw_na[rows]), corrected, distances)
+    return _HeldOut(rows, indices, distances, scores)
 
 
-def _map_batch(frozen: Frozen, batch: int, fit: np.ndarray, rows: np.ndarray) -> _HeldOut:
-    raw, corrected = np.asarray(frozen.raw_na[rows]), np.asarray(frozen.anchor_na[rows])
-    if frozen.corrects:
-        empty = np.zeros((len(fit), 0), np.float32)
-        clusters = frozen.clusters.without_variants()
-        probes = np.linspace(0, len(fit) - 1, min(PROBES, len(fit))).astype(int)
-        shift = fit_batch(clusters, np.asarray(frozen.raw_na[fit]), empty, probes, leave_out=batch)
-        corrected, _ = shifted(clusters, shift, raw, empty[: len(rows)], frozen.streams.strength)
-    indices, distances = _neighbors_elsewhere(frozen, corrected, batch)
-    return _HeldOut(rows, indices, distances, frozen.novelty(raw, corrected, distances))
+def _corrected(frozen: Frozen, batch: int, fit: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Correct cells of a batch as those of a new one, whose displacement is fitted on the cells ``fit``."""
+    if not frozen.corrects:
+        return np.asarray(frozen.anchor_na[rows])
+    empty = np.zeros((len(fit), 0), np.float32)
+    clusters = frozen.clusters.without_variants()
+    probes = np.linspace(0, len(fit) - 1, min(PROBES, len(fit))).astype(int)
+    shift = fit_batch(clusters, np.asarray(frozen.raw_na[fit]), empty, probes, leave_out=batch)
+    raw = np.asarray(frozen.raw_na[rows])
+    return shifted(clusters, shift, raw, empty[: len(rows)], frozen.streams.strength)[0]
 
 
-def _neighbors_elsewhere(frozen: Frozen, corrected_md: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbours among cells of other batches: (m, k) rows and distances."""
-    k = frozen.config.graph.k
+def _neighbors_elsewhere(
+    frozen: Frozen, corrected_md: np.ndarray, batch_m: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbours of cells among those of other batches than their own: (m, k) rows and distances.
+
+    Among many cells, those of the index are taken where there are k of other batches among the nearest 6 k.
+    """
+    m, k = len(corrected_md), frozen.config.graph.k
+    indices, distances = np.zeros((m, k), np.int64), np.zeros((m, k), np.float32)
+    done_m = np.zeros(m, bool)
     if frozen.n_cells > EXACT_BELOW:
-        found, distances = frozen.index.query(corrected_md, min(WIDER * k, frozen.n_cells))
-        other = frozen.batch_n[found] != batch
-        order = np.argsort(~other, axis=1, kind="stable")[:, :k]
-        if np.take_along_axis(other, order, axis=1).all():
-            return np.take_along_axis(found, order, axis=1), np.take_along_axis(distances, order, axis=1)
-    others = np.flatnonzero(frozen.batch_n != batch)
-    blocks = ((start, unit_rows(frozen.anchor_na[others[start:stop]])) for start, stop in row_blocks(len(others)))
-    indices, distances = nearest_in_blocks(unit_rows(corrected_md), blocks, k)
-    return others[indices], distances
+        found, away = frozen.index.query(corrected_md, min(WIDER * k, frozen.n_cells))
+        own = frozen.batch_n[found] == batch_m[:, None]
+        done_m = (~own).sum(axis=1) >= k
+        order = np.argsort(own, axis=1, kind="stable")[:, :k]
+        indices, distances = (np.take_along_axis(part, order, axis=1) for part in (found, away))
+    for batch in np.unique(batch_m[~done_m]):
+        rows = np.flatnonzero(~done_m & (batch_m == batch))
+        others = np.flatnonzero(frozen.batch_n != batch)
+        blocks = ((start, unit_rows(frozen.anchor_na[others[start:stop]])) for start, stop in row_blocks(len(others)))
+        near, distances[rows] = nearest_in_blocks(unit_rows(corrected_md[rows]), blocks, k)
+        indices[rows] = others[near]
+    return indices, distances
 
 
 def _elsewhere(code_n: np.ndarray, batch_n: np.ndarray, true_s: np.ndarray, batch_s: np.ndarray) -> np.ndarray:

@@ -117,17 +117,26 @@ class DualStream(nn.Module):
         variant_mtv
             (m, T, v) diffused Variant features; ignored by a single-stream model.
         """
-        anchor, backbone = anchor_mta / self.anchor_scale, self.backbone(anchor_mta)
-        limit = backbone.norm(dim=1, keepdim=True)
-        z_anchor = backbone + self.residual * clip_norm(self.anchor_encoder(anchor.flatten(1)), limit)
+        backbone, z_anchor = self.backbone(anchor_mta), self.anchor_latent(anchor_mta)
         if self.single_stream:
             return Latent(backbone, z_anchor, torch.zeros_like(z_anchor), z_anchor)
-        z_variant = self.variant_encoder((variant_mtv / self.variant_scale).flatten(1))
+        z_variant = self.variant_latent(variant_mtv)
         return Latent(backbone, z_anchor, z_variant, self.fuse(z_anchor, z_variant))
 
     def backbone(self, anchor_mta: Tensor) -> Tensor:
         """B (m, a): the last hop of the Anchors at unit RMS norm; no parameter can change it."""
         return anchor_mta[:, -1] / self.anchor_scale
+
+    def anchor_latent(self, anchor_mta: Tensor) -> Tensor:
+        """z_A (m, d): the backbone and a residual no longer than it, times its bound."""
+        backbone, inputs = self.backbone(anchor_mta), anchor_mta / self.anchor_scale
+        update = clip_norm(self.anchor_encoder(inputs.flatten(1)), backbone.norm(dim=1, keepdim=True))
+        return backbone + self.residual * update
+
+    def variant_latent(self, variant_mtv: Tensor) -> Tensor:
+        """z_V (m, d) of a model that has a Variant stream."""
+        latent: Tensor = self.variant_encoder((variant_mtv / self.variant_scale).flatten(1))
+        return latent
 
     def fuse(self, z_anchor: Tensor, z_variant: Tensor) -> Tensor:
         """Z = z_A + rho sigmoid(G[z_A, z_V]) * clip(W LN(z_V), |z_A|): |z - z_A| <= rho |z_A| in every cell."""

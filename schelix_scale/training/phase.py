@@ -125,6 +125,8 @@ class Phase:
         if state.optimizer is not None:
             self.optimizer.load_state_dict(state.optimizer)
         learning = {id(weight) for group in self.optimizer.param_groups for weight in group["params"]}
+        if name == ALIGN and model.loadings is not None:  # no loss of Align depends on them
+            learning.discard(id(model.loadings.anchor))
         for weight in model.parameters():
             weight.requires_grad_(id(weight) in learning)
         self.loss = StepLoss(model, name, config, ranks)

@@ -12,11 +12,10 @@ from schelix_scale.config import TrainConfig
 from schelix_scale.model.losses import contrast, pull_together
 from schelix_scale.model.streams import DualStream, Latent
 from schelix_scale.training.data import Cells
-from schelix_scale.training.dist import ALONE, Ranks
+from schelix_scale.training.dist import Ranks
 
 ALIGN, REFINE = "align", "refine"
-
-Encode = Callable[[Tensor, Tensor], Latent]
+Parts = tuple[Callable[[Tensor, Tensor], Latent], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,53 +45,48 @@ class StepLoss(nn.Module):
     model
         What is trained.
     phase
-        ``align`` or ``refine``.
+        ``align``, in which Variant latents find Anchors, or ``refine``, in which fused latents are pulled towards the
+        backbone of far cells of their own kind, and held by their own.
     """
 
     def __init__(self, model: DualStream, phase: str, config: TrainConfig, ranks: Ranks) -> None:
         super().__init__()
         self.model, self.phase, self.config, self.ranks = model, phase, config, ranks
-        compiled = torch.compile(model) if config.compile else model
-        self._compiled = (compiled,)  # a tuple, so that its parameters are not counted twice
+        self._parts: Parts = model, model.anchor_latent, model.variant_latent
+        if config.compile:
+            self._parts = torch.compile(model), torch.compile(model.anchor_latent), torch.compile(model.variant_latent)
 
     def forward(self, cells: StepCells) -> Tensor:
         """Return the loss."""
+        model, anchor_latent, variant_latent = self._parts
         own, other = cells.own.through(self.model.loadings), cells.other
         if self.phase == ALIGN:
-            return align_loss(self._encode, own, other, self.config, self.ranks, cells.total)
-        backbone = self.model.backbone(other.anchor)
-        return refine_loss(self._encode, own, backbone, self.config, self.ranks, cells.total)
+            with self._products(own):
+                variant = variant_latent(own.variant)
+            with self._products(own), torch.set_grad_enabled(self._symmetric and torch.is_grad_enabled()):
+                anchor = anchor_latent(other.anchor)
+            return self._align(variant.float(), anchor.float(), own.batch, other.batch, cells.total)
+        with self._products(own):
+            latent = model(own.anchor, own.variant)
+        far, pull = self.model.backbone(other.anchor), self.config.pull
+        return self.ranks.world * pull_together(latent.fused.float(), latent.backbone, far, pull, cells.total)
 
-    def _encode(self, anchor_mta: Tensor, variant_mtv: Tensor) -> Latent:
-        enabled = self.config.precision == "bfloat16"
-        with torch.autocast(anchor_mta.device.type, torch.bfloat16, enabled=enabled):
-            latent = self._compiled[0](anchor_mta, variant_mtv)
-        return Latent(*(part.float() for part in latent))
+    @property
+    def _symmetric(self) -> bool:
+        return self.config.alignment == "symmetric"
 
+    def _align(
+        self, variant_md: Tensor, anchor_md: Tensor, batch_m: Tensor, other_batch_m: Tensor, total: int
+    ) -> Tensor:
+        """Align: each cell's Variant latent finds the Anchor latent of its positive, which gets no gradient.
 
-def align_loss(
-    encode: Encode, own: Cells, other: Cells, config: TrainConfig, ranks: Ranks = ALONE, total: int | None = None
-) -> Tensor:
-    """Align: each cell's Variant latent finds the Anchor latent of its positive, which gets no gradient.
+        The Anchor latents of the positives of all ranks are gathered: all are negatives of each other's cells.
+        """
+        ranks, first = self.ranks, self.ranks.share(total).start
+        target_nd, target_batch_n = ranks.gather(anchor_md, total), ranks.gather(other_batch_m, total)
+        temperature = self.config.temperature
+        return ranks.world * contrast(variant_md, target_nd, batch_m, target_batch_n, temperature, first)
 
-    The Anchor latents of the positives of all ranks are gathered: all are negatives of each other's cells.
-    """
-    total = len(own.batch) if total is None else total
-    latent = encode(own.anchor, own.variant)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and config.alignment == "symmetric"):
-        target = ranks.gather(encode(other.anchor, other.variant).anchor, total)
-    batch, first = ranks.gather(other.batch, total), ranks.share(total).start
-    return ranks.world * contrast(latent.variant, target, own.batch, batch, config.temperature, first)
-
-
-def refine_loss(
-    encode: Encode,
-    own: Cells,
-    far_backbone: Tensor,
-    config: TrainConfig,
-    ranks: Ranks = ALONE,
-    total: int | None = None,
-) -> Tensor:
-    """Refine: fused latents are pulled towards the backbone of far cells of their own kind, and held by their own."""
-    latent = encode(own.anchor, own.variant)
-    return ranks.world * pull_together(latent.fused, latent.backbone, far_backbone, config.pull, total)
+    def _products(self, cells: Cells) -> torch.autocast:
+        """Return the context in which the model computes, in the precision that the settings ask for."""
+        return torch.autocast(cells.anchor.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")

@@ -82,5 +82,9 @@ def test_what_cannot_be_asked(reference: QueryIndex, cells: tuple[np.ndarray, np
         reference.query(cells[1][:, :5], K)
     assert reference.query(cells[1][:0], K)[0].shape == (0, K)
     np.save(tmp_path / "indices.npy", np.asarray(reference.indices_nk))
+    if reference.index is not None:
+        shutil.copytree(reference.index.folder, tmp_path / INDEX)
+        with pytest.raises(GraphError, match="is a graph of other features"):
+            QueryIndex.open(tmp_path, cells[0][::-1])
     with pytest.raises(GraphError, match="graph of 5,000 cells, and the features are those of 4,000"):
         QueryIndex.open(tmp_path, cells[0][:4_000])

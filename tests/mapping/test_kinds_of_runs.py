@@ -12,7 +12,12 @@ from schelix_scale.progress import QuietReporter
 from tests.mapping.conftest import SETTINGS, cells
 
 KINDS = {
-    "half strength, all streams": {"strength": 0.5, "embed__streams": True},
+    "half strength, all streams, graph refreshed": {
+        "strength": 0.5,
+        "embed__streams": True,
+        "train__refresh": True,
+        "train__refresh_jaccard": 1.0,
+    },
     "learned loadings, other hops, an index": {
         "train__input": "stream",
         "train__loadings": "learned",
@@ -20,7 +25,6 @@ KINDS = {
         "graph__hops": (0, 4),
     },
     "single stream, untrained": {"genes__min_signal": 1.0, "train__enabled": False},
-    "graph refreshed": {"train__refresh": True, "train__refresh_jaccard": 1.0},
 }
 
 
