@@ -232,7 +232,8 @@ class Config(_Settings):
 _ADDRESS = re.compile(r"(tcp|tls|ucx|ws|wss)://\S+")
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
 WATCHING = frozenset({"checkpoint_every", "checkpoints_kept", "cache_device", "tensorboard"})  # no result changes
-_MAY_CHANGE = frozenset({"max_memory", "device", "scheduler", "graph.cache_dir"}) | {f"train.{name}" for name in WATCHING}
+_ELSEWHERE = frozenset({"max_memory", "device", "scheduler", "graph.cache_dir"})
+_MAY_CHANGE = _ELSEWHERE | {f"train.{name}" for name in WATCHING}
 
 
 def parse_bytes(text: str) -> int:

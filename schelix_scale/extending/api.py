@@ -135,7 +135,7 @@ def _description(reference: Reference, store: CellStore) -> dict[str, Any]:
     own |= {**store.provenance(), "cells": store.n_cells}
     known: dict[str, Any] = {key: before[key] for key in ("uri", "layer", "fingerprint") if key in before}
     first: dict[str, Any] = {**known, "cells": reference.frozen.n_cells}
-    parts: Sequence[Any] = before.get("parts", [first])
+    parts: Sequence[Any] = before["parts"] if "extends" in before else [first]  # else parts are those of a joined store
     content = f"{before['fingerprint']} + {own['fingerprint']} onto {reference.frozen.fingerprint}"
     link = {
         "path": str(reference.path.resolve()),

@@ -29,7 +29,7 @@ def diffuse(
     training reads cells at random. Only two (n, d) arrays are kept, as memory maps beside ``out``; blocks of rows are
     computed on ``workers`` threads, and what they read is let go of.
 
-    ``order`` (n,) are all row numbers in an order in which neighbours are near each other, as that of `lists.CellIndex`:
+    ``order`` (n,) are all row numbers in an order in which neighbours are near each other, as `lists.CellIndex` has:
     rows are computed, and kept meanwhile, in it, so that a block reads few pages.
     """
     n, d = features_nd.shape

@@ -14,13 +14,14 @@ from threadpoolctl import threadpool_limits
 
 from schelix_scale.errors import GraphError
 from schelix_scale.graph.build import INDEX
-from schelix_scale.graph.descent import GROUP_CELLS, MIN_CANDIDATES, PROBES
+from schelix_scale.graph.descent import GROUP_CELLS, MIN_CANDIDATES
 from schelix_scale.graph.lists import CellIndex
 from schelix_scale.graph.nearest import distinct, nearest, nearest_in_blocks
 from schelix_scale.graph.vectors import row_blocks, unit_rows
 from schelix_scale.scheduling import run_tasks
 
 EXACT_QUERIES, CHECKED_CELLS = 1_000, 64
+PROBES = 32  # lists that are searched for a cell
 EXPAND = 10  # neighbours whose neighbours in the graph are looked at
 
 
