@@ -69,6 +69,15 @@ def test_changed_labels_are_used_and_carried(adata: anndata.AnnData, tmp_path: P
     assert second.to_anndata().obs["part"].tolist() == changed.obs["part"].tolist()
 
 
+def test_changed_obs_of_the_same_cells_is_carried(adata: anndata.AnnData, tmp_path: Path) -> None:
+    first = run(adata, tmp_path / "run").embedding[:]
+    changed = adata.copy()
+    changed.obs["note"] = [f"note {i % 3}" for i in range(changed.n_obs)]
+    second = run(changed, tmp_path / "run")
+    np.testing.assert_array_equal(second.embedding[:], first)
+    assert second.to_anndata().obs["note"].tolist() == changed.obs["note"].tolist()
+
+
 @pytest.mark.parametrize(
     "settings", [{"strength": 0.0}, {"train.enabled": False}, {"train.pull": 0.0}, {"train.label_share": 0.0}]
 )

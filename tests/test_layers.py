@@ -196,7 +196,20 @@ def test_public_names_load_when_used() -> None:
 def test_public_names_are_pinned() -> None:
     import schelix_scale
 
-    names = {"Config", "Reference", "Run", "SchelixError", "__version__", "continue_run", "extend", "integrate", "load_config", "map_cells", "open_store", "prepare"}
+    names = {
+        "Config",
+        "Reference",
+        "Run",
+        "SchelixError",
+        "__version__",
+        "continue_run",
+        "extend",
+        "integrate",
+        "load_config",
+        "map_cells",
+        "open_store",
+        "prepare",
+    }
     assert set(schelix_scale.__all__) == names
     assert names <= set(dir(schelix_scale))
     with pytest.raises(AttributeError, match="has no attribute 'integrat'"):

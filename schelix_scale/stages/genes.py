@@ -28,6 +28,8 @@ def find_genes(context: Context, directory: RunDirectory) -> None:
     inputs = {"source": context.source_fingerprint, "cells": context.cells_hash, "seed": config.seed}
     if context.known_labels is not None:  # the labels that are used are those that cells.parquet carries
         inputs["labels"] = context.known_labels.digest
+    if of_obs := context.store.obs_fingerprint():
+        inputs["obs"] = of_obs
     inputs |= {"data": config.data, "sketch": config.sketch, "genes": config.genes}
     inputs |= {"scale_power": config.features.scale_power, "sketch_cells": context.sketch_cells}
 

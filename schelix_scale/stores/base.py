@@ -134,6 +134,10 @@ class CellStore(ABC):
         (m, h) CSR matrix, float32, canonical (sorted indices, no duplicates, no stored zeros).
         """
 
+    def obs_fingerprint(self) -> str:
+        """Return a hash of obs, where `fingerprint` does not cover it; empty where it does."""
+        return ""
+
     def measured(self) -> Measured | None:
         """Return which genes were measured in which cells; None: all genes in all cells."""
         return None

@@ -161,21 +161,21 @@ def test_same_content_same_memory_fingerprint() -> None:
     assert MemoryStore(to_anndata(renamed)).fingerprint() != first.fingerprint()
 
 
-def test_memory_fingerprint_sees_obs() -> None:
+def test_obs_in_memory_has_a_fingerprint() -> None:
     adata = to_anndata(make_truth())
     adata.obs["hole"] = pd.Series(["x", None] * 41 + ["y"], adata.obs_names, dtype=object)
     adata.obs["lists"] = pd.Series([[1]] * 83, adata.obs_names)
-    first = MemoryStore(adata).fingerprint()
+    first = MemoryStore(adata).obs_fingerprint()
     kept = adata.copy()
     kept.obs = kept.obs.astype({"note": "category", "hole": "category"})  # as anndata does when it writes
-    assert MemoryStore(kept).fingerprint() == first
+    assert MemoryStore(kept).obs_fingerprint() == first
 
     def changed(name: str, cell: int, value: object) -> str:
         other = adata.copy()
         other.obs[name] = other.obs[name].astype(object)
         other.obs.iat[cell, other.obs.columns.get_loc(name)] = value
         other.obs[name] = other.obs[name].astype(adata.obs[name].dtype)
-        return MemoryStore(other).fingerprint()
+        return MemoryStore(other).obs_fingerprint()
 
     batch = next(name for name in ("b1", "b2") if name != adata.obs["batch"].iloc[80])
     prints = [changed("batch", 80, batch), changed("donor", 80, 7), changed("score", 3, 0.5), changed("note", 1, "z")]
@@ -183,8 +183,9 @@ def test_memory_fingerprint_sees_obs() -> None:
     for table in (adata.obs.rename(columns={"note": "notes"}), adata.obs.drop(columns="note"), adata.obs.assign(new=1)):
         other = adata.copy()
         other.obs = table
-        prints.append(MemoryStore(other).fingerprint())
+        prints.append(MemoryStore(other).obs_fingerprint())
     assert len({first, *prints}) == 10
+    assert MemoryStore(adata.copy()).fingerprint() == MemoryStore(kept).fingerprint()
 
 
 def test_layers_have_their_own_fingerprint(tmp_path: Path) -> None:
