@@ -88,7 +88,7 @@ def scvi(run: str, batch: int, steps: int, threads: int, cells: int, epochs: int
     import torch
     from scvi.model import SCVI
 
-    from schelix_scale.pipeline import recorded_context
+    from schelix_scale.continuing import recorded_context
     from schelix_scale.progress import QuietReporter
     from schelix_scale.run import RunDirectory
 
@@ -137,7 +137,7 @@ def _training(run: str, batch: int, steps: int, folder: Path, ranks: Any) -> tup
     """Open a run as its training does, with other numbers of steps."""
     import torch
 
-    from schelix_scale.pipeline import recorded_context
+    from schelix_scale.continuing import recorded_context
     from schelix_scale.progress import QuietReporter
     from schelix_scale.run import RunDirectory
     from schelix_scale.stages.graph import open_cache

@@ -13,10 +13,11 @@ from schelix_scale._version import __version__
 if TYPE_CHECKING:
     from schelix_scale.config import Config
     from schelix_scale.config_io import load_config
+    from schelix_scale.continuing import continue_run
     from schelix_scale.errors import SchelixError
     from schelix_scale.extending.api import extend
     from schelix_scale.mapping.api import Reference, map_cells
-    from schelix_scale.pipeline import continue_run, integrate, prepare
+    from schelix_scale.pipeline import integrate, prepare
     from schelix_scale.run import Run
     from schelix_scale.stores import open_store
 
@@ -40,7 +41,7 @@ _HOMES = {
     "Reference": "schelix_scale.mapping.api",
     "Run": "schelix_scale.run",
     "SchelixError": "schelix_scale.errors",
-    "continue_run": "schelix_scale.pipeline",
+    "continue_run": "schelix_scale.continuing",
     "extend": "schelix_scale.extending.api",
     "integrate": "schelix_scale.pipeline",
     "load_config": "schelix_scale.config_io",

@@ -264,9 +264,9 @@ def _continue(
     then: Sequence[str] = (),
 ) -> None:
     """Do a stage of a run, and print the run if it is finished, else the next command."""
-    from schelix_scale.config_io import load_config
+    from schelix_scale.config_io import flatten, load_config
+    from schelix_scale.continuing import continue_run
     from schelix_scale.output import print_run, repeat_warnings
-    from schelix_scale.pipeline import continue_run, flatten
 
     reporter = make_reporter(quiet)
     changes = flatten(load_config(None, setting or ()).model_dump(exclude_unset=True)) | _chosen(given)

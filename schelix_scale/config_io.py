@@ -188,3 +188,32 @@ def _complaint(problem: Any, origins: Mapping[str, str]) -> str:
     if not key:  # a rule about several settings, whose message names them
         return f"{allowed}."
     return f"{key} = {problem['input']!r} ({origins.get(key, 'combined')}) is not allowed: {allowed}."
+
+
+def merge_settings(config: Config | str | Path | None, batch_key: str | None, settings: Mapping[str, Any]) -> Config:
+    """Combine a Config or TOML file with single settings, which win.
+
+    Raises
+    ------
+    ConfigError
+        A setting is unknown or has a bad value.
+    """
+    overrides = {key.replace("__", "."): value for key, value in settings.items()}
+    if batch_key is not None:
+        if overrides.get("data.batch_key", batch_key) != batch_key:
+            raise ConfigError(
+                f"batch_key is {batch_key!r} and data.batch_key {overrides['data.batch_key']!r}. Give one."
+            )
+        overrides["data.batch_key"] = batch_key
+    if isinstance(config, Config):
+        given = config.model_dump(exclude_unset=True)
+        return load_config(None, {**flatten(given), **overrides})
+    return load_config(config, overrides)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat

@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from schelix_scale.cli import app
+from schelix_scale.continuing import continue_run
 from schelix_scale.errors import ConfigError, RunError
-from schelix_scale.pipeline import continue_run, integrate, prepare
+from schelix_scale.pipeline import integrate, prepare
 from schelix_scale.progress import QuietReporter
 from schelix_scale.run import Run, RunDirectory
 

@@ -40,6 +40,7 @@ LAYERS = [
     {"stages"},
     {"mapping"},
     {"extending"},
+    {"continuing"},
     {"pipeline"},
     {"demo"},
     {"output"},

@@ -287,7 +287,7 @@ def test_unknown_and_contradicting_settings(source: Path, tmp_path: Path) -> Non
 
 
 def test_settings_from_a_config_object_and_keywords_are_merged() -> None:
-    from schelix_scale.pipeline import merge_settings
+    from schelix_scale.config_io import merge_settings
 
     config = schelix_scale.Config(seed=3, graph={"k": 11})  # type: ignore[arg-type]
     merged = merge_settings(config, "donor", {"graph__theta": 0.5, "seed": 4})

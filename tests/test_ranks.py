@@ -14,8 +14,9 @@ import numpy as np
 import psutil
 import pytest
 
+from schelix_scale.continuing import continue_run
 from schelix_scale.errors import TrainingError
-from schelix_scale.pipeline import continue_run, integrate, prepare
+from schelix_scale.pipeline import integrate, prepare
 from schelix_scale.progress import QuietReporter
 from schelix_scale.run import Run
 

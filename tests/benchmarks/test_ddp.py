@@ -8,7 +8,8 @@ from pathlib import Path
 import ddp
 import pytest
 
-from schelix_scale.pipeline import continue_run, prepare
+from schelix_scale.continuing import continue_run
+from schelix_scale.pipeline import prepare
 from schelix_scale.progress import QuietReporter
 
 from .data import made_up

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from schelix_scale import Reference, Run, extend
 from schelix_scale.cli import app
+from schelix_scale.continuing import continue_run
 from schelix_scale.errors import DataError, RunError
-from schelix_scale.pipeline import continue_run
 from schelix_scale.progress import QuietReporter
 from tests.mapping.conftest import Atlas
 from tests.run_tools import tree
