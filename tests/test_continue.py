@@ -109,6 +109,7 @@ def test_a_stage_takes_other_settings_of_its_own(prepared: Path, tmp_path: Path)
         continue_run(out, "embed", reporter=QuietReporter())
 
 
+@pytest.mark.slow
 def test_labels_that_the_run_does_not_carry_are_read_from_the_source(source: Path, tmp_path: Path) -> None:
     whole = integrate(source, batch_key="batch", out=tmp_path / "whole", reporter=QuietReporter(), **SETTINGS)
     out = prepare(source, batch_key="batch", out=tmp_path / "run", reporter=QuietReporter(), **SETTINGS)

@@ -53,6 +53,7 @@ def test_labels_of_some_improve_the_others(adata: anndata.AnnData, tmp_path: Pat
     np.testing.assert_array_equal(again, told.embedding)
 
 
+@pytest.mark.slow
 def test_without_label_key_no_label_matters(adata: anndata.AnnData, tmp_path: Path) -> None:
     shuffled = adata.copy()
     shuffled.obs["part"] = np.random.default_rng(0).permutation(adata.obs["part"])

@@ -86,6 +86,7 @@ def test_files_give_what_one_file_gives(whole: ad.AnnData, files: list[Path], tm
         integrate(files[:2], batch_key="batch", out=many.path, reporter=QuietReporter(), **SMALL)
 
 
+@pytest.mark.slow
 def test_a_union_of_the_same_genes_is_their_intersection(files: list[Path], tmp_path: Path) -> None:
     for how in ("intersection", "union"):
         integrate(files, batch_key="batch", out=tmp_path / how, reporter=QuietReporter(), data__genes_join=how, **SMALL)
@@ -109,6 +110,7 @@ def test_a_union_has_the_genes_of_all_files(by_donor: list[Path], tmp_path: Path
     assert run.embedding.shape == shared.embedding.shape
 
 
+@pytest.mark.slow
 def test_each_file_is_a_batch_without_a_key(by_donor: list[Path], whole: ad.AnnData, tmp_path: Path) -> None:
     reporter = QuietReporter()
     run = integrate(by_donor, out=tmp_path / "run", reporter=reporter, **SMALL)
@@ -153,6 +155,7 @@ def test_kinds_of_values_are_told_by_file(by_donor: list[Path], tmp_path: Path) 
         integrate(str(tmp_path / "*.h5ad"), out=tmp_path / "run", reporter=QuietReporter(), **SMALL)
 
 
+@pytest.mark.slow
 def test_a_batch_key_of_two_columns_is_that_of_their_texts(whole: ad.AnnData, tmp_path: Path) -> None:
     adata = whole.copy()
     adata.obs["lane"] = (np.arange(adata.n_obs) // 3 % 2).astype(np.int64)

@@ -255,6 +255,7 @@ def test_groups_that_share_too_few_genes(case: Case, tmp_path: Path) -> None:
         integrated(store, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_union_of_files_on_threads_and_on_a_cluster(case: Case, tmp_path: Path) -> None:
     """Each file has its own genes; blocks of cells lie across files."""
     from distributed import LocalCluster

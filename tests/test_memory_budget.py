@@ -127,6 +127,7 @@ def test_a_run_that_goes_on_needs_memory_for_what_is_left_only() -> None:
     require_memory(store, tighter, "features", {"train", "embed"})
 
 
+@pytest.mark.slow
 def test_a_run_that_is_continued_with_too_little_memory_is_refused(tmp_path: Path) -> None:
     settings = {**SMALL, "train.enabled": False, "reporter": QuietReporter()}
     adata, out = make_adata(), tmp_path / "run"

@@ -121,6 +121,7 @@ def test_same_seed_same_embedding_other_seed_another(finished: schelix_scale.Run
     assert not np.array_equal(run(source, tmp_path / "other", seed=1).embedding, finished.embedding)
 
 
+@pytest.mark.slow
 def test_an_anndata_in_memory_and_zarr_give_the_same(finished: schelix_scale.Run, source: Path, tmp_path: Path) -> None:
     adata = anndata.read_h5ad(source)
     np.testing.assert_array_equal(run(adata, tmp_path / "memory").embedding, finished.embedding)
@@ -143,7 +144,10 @@ def _killed_after(source: Path, out: Path, stage: int) -> None:
     run(source, out)
 
 
-@pytest.mark.parametrize("stage", range(5), ids=STAGE_NAMES)
+AFTER = [pytest.param(i, id=name, marks=[] if i in (1, 3) else pytest.mark.slow) for i, name in enumerate(STAGE_NAMES)]
+
+
+@pytest.mark.parametrize("stage", AFTER)
 def test_killed_after_a_stage_the_next_call_finishes_with_the_same_embedding(
     finished: schelix_scale.Run, source: Path, tmp_path: Path, stage: int
 ) -> None:
@@ -164,9 +168,18 @@ def test_killed_after_a_stage_the_next_call_finishes_with_the_same_embedding(
 
 
 @pytest.mark.parametrize(
-    "damaged", ["features/anchor.npy", "features/variant.npy", "genes.parquet", "embedding.zarr/zarr.json"]
+    ("how", "damaged"),
+    [
+        ("cut", "features/anchor.npy"),
+        ("bit flipped", "features/variant.npy"),
+        pytest.param("bit flipped", "features/anchor.npy", marks=pytest.mark.slow),
+        pytest.param("cut", "features/variant.npy", marks=pytest.mark.slow),
+        pytest.param("cut", "genes.parquet", marks=pytest.mark.slow),
+        ("bit flipped", "embedding.zarr/zarr.json"),
+        pytest.param("cut", "embedding.zarr/zarr.json", marks=pytest.mark.slow),
+        pytest.param("bit flipped", "genes.parquet", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("how", ["cut", "bit flipped"])
 def test_a_damaged_artifact_is_rebuilt_and_said(
     finished: schelix_scale.Run, source: Path, tmp_path: Path, damaged: str, how: str
 ) -> None:

@@ -251,6 +251,7 @@ def test_a_run_of_an_open_store_records_its_layer(cells: ad.AnnData, tmp_path: P
     assert ad.read_h5ad(export_run(result, tmp_path / "out.h5ad")).obsm["X_schelix"].shape == result.embedding.shape
 
 
+@pytest.mark.slow
 def test_keys_are_not_written_and_may_change(experiment: Path, tmp_path: Path) -> None:
     for number, secret in enumerate(("SECRET1", "SECRET2")):
         reporter = QuietReporter()

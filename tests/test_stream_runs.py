@@ -58,6 +58,7 @@ def test_same_settings_same_embedding(source: Path, streamed: Run, tmp_path: Pat
     np.testing.assert_array_equal(run(source, tmp_path / "run", **STREAM).embedding, streamed.embedding)
 
 
+@pytest.mark.slow
 def test_learned_loadings_through_to_the_embedding(source: Path, streamed: Run, tmp_path: Path) -> None:
     """Cells are read once more to be embedded, and only then: frozen loadings embed from the cache."""
     longer = {"train.learning_rate": 0.01, "train.refine_steps": 60}

@@ -116,6 +116,7 @@ def test_settings_of_training() -> None:
     assert not train_settings(Config(strength=0.5, train=TrainConfig(enabled=False))).enabled
 
 
+@pytest.mark.slow
 def test_a_single_stream_is_smoothed_by_its_strength(tmp_path: Path) -> None:
     """Nothing is corrected; the embedding lies between the PCA of all variable genes and the full run's."""
     adata = make_adata(batch_strength=0.0)
@@ -194,6 +195,7 @@ def test_without_a_correction(adata: anndata.AnnData, tmp_path: Path) -> None:
     assert within_and_between(hops[:, -1], types) > within_and_between(hops[:, 0], types)
 
 
+@pytest.mark.slow
 def test_concatenated_fuse_puts_the_variants_beside(adata: anndata.AnnData, tmp_path: Path) -> None:
     """The gate's embedding, and Variant latents of length .4 beside it, in their directions."""
     gate = run(adata, tmp_path / "gate").to_anndata().obsm
