@@ -32,6 +32,7 @@ def measure_diffusion(features: Path, graph: Path, scratch: Path, base: dict[str
         files = write_operator(graph, base["k"], scratch, base["seed"])
         streams = [str(features), str(random_stream(features, scratch, base["seed"]))]
         task = {**files, "streams": streams, "hops": HOPS, "restart": RESTART, "threads": base["threads"]}
+        task["order"] = str(order_of(graph)) if order_of(graph).exists() else None
         ours, our_cost = run_task("diffuse-schelix", task, scratch / "schelix")
         theirs, their_cost = run_task("diffuse-scipy", task, scratch / "scipy")
         difference = largest_difference(ours["diffused"], theirs["diffused"])
@@ -45,6 +46,11 @@ def measure_diffusion(features: Path, graph: Path, scratch: Path, base: dict[str
         {**row, "method": "schelix", **our_cost, "difference": difference},
         {**row, "method": "scipy in memory", **their_cost},
     ]
+
+
+def order_of(graph: Path) -> Path:
+    """Return the file of the order of cells that a search of schelix has found with a graph, as a run keeps it."""
+    return graph.with_name(f"order-{graph.name}")
 
 
 def write_operator(graph: Path, k: int, scratch: Path, seed: int) -> dict[str, str]:

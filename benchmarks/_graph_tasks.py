@@ -120,10 +120,12 @@ def diffuse_schelix(task: dict[str, Any], out: Path, clock: Clock) -> dict[str, 
         sample = Operator(np.asarray(operator.indices_nk[:few]) % few, np.asarray(operator.weights_nk[:few]))
         first = np.load(task["streams"][0], mmap_mode="r")[:few]
         diffuse(sample, first, task["hops"], task["restart"], out / "few.npy")
+    order = None if task["order"] is None else np.load(task["order"])
     files = [out / f"stream{number}.npy" for number in range(size)]
     with clock.part("diffusion"):
         for stream, target in zip(task["streams"], files, strict=True):
-            diffuse(operator, np.load(stream, mmap_mode="r"), task["hops"], task["restart"], target)
+            features = np.load(stream, mmap_mode="r")
+            diffuse(operator, features, task["hops"], task["restart"], target, workers=task["threads"], order=order)
     return {"diffused": [str(file) for file in files]}
 
 

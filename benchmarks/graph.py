@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _graph_diffusion import measure_diffusion
+from _graph_diffusion import measure_diffusion, order_of
 from _graph_features import write_features
 from _graph_report import markdown, save, update_readme
 from _graph_run import run_task
@@ -148,6 +148,9 @@ def measure(
     graph = arguments.scratch / f"graph-{base['cells']}-{base['k']}.npy"
     if not graph.exists():
         np.save(graph, found_nk)
+    order, found_order = order_of(graph), out / "index" / "cells.npy"
+    if found_order.exists() and not order.exists():
+        shutil.copyfile(found_order, order)
     del found_nk
     shutil.rmtree(out)
     return row

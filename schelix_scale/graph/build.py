@@ -111,6 +111,7 @@ class _Builder:
         self.threads, self.budget, self.reporter = threads, budget, reporter
         self.scheduler, self.search = scheduler, search
         self.aim = (1 + config.min_recall) / 2
+        self.enough = config.min_recall + 0.15 * (1 - config.min_recall)  # the pilot's error, roughly, above the least
 
     def build(self, method: str, start: Begin | None) -> None:
         """Search, measure, and search again more widely if that was not enough."""
@@ -129,6 +130,7 @@ class _Builder:
                 found,
                 self.seed + attempt,
                 self.aim,
+                self.enough,
                 self.threads,
                 self.reporter,
                 self.scheduler,

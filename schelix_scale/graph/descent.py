@@ -30,7 +30,7 @@ PROBES = 64  # lists that are searched for each list
 EXPAND = 20  # neighbours of a cell whose neighbours are looked at
 SPAN, SPANS_A_TASK = 4_096, 4  # with any k, a span of any of the files starts on a page
 GROUP_CELLS = 256  # cells of a list that are searched for at once
-MAX_ROUNDS, LEAST_GAIN = 12, 0.002
+MAX_ROUNDS, SLOW_GAIN, LEAST_GAIN = 12, 0.01, 0.002
 PILOT_CELLS = 300
 MIN_CANDIDATES = 256
 ROUNDING = 2e-6  # of a product of two rows, computed among others
@@ -236,6 +236,7 @@ def descend(
     folder: Path,
     seed: int,
     aim: float,
+    enough: float,
     workers: int,
     reporter: Reporter,
     scheduler: str | None = None,
@@ -248,6 +249,8 @@ def descend(
     ----------
     aim
         Recall of the pilot cells at which the search ends.
+    enough
+        Recall of the pilot cells at which it ends when a round brings little more.
     workers
         Threads, without a cluster.
     scheduler
@@ -289,8 +292,10 @@ def descend(
         number += 1
         task = Expand(index.folder, files, number, min(expand, k), everything)
         better = go(f"neighbours: round {number} (recall {recall:.3f})", task, number, expand)
-        everything = better - recall < LEAST_GAIN
-        recall = better
+        gain, recall = better - recall, better
+        if recall >= enough and gain < SLOW_GAIN:
+            break
+        everything = gain < LEAST_GAIN
         if everything:
             if expand >= k:
                 break
