@@ -55,10 +55,22 @@ def audit_recall(features_nd: np.ndarray, neighbors: Neighbors, n_cells: int, se
     blocks = ((start, unit_rows(features_nd[start:stop])) for start, stop in row_blocks(n))
     _, exact = nearest_in_blocks(queries, blocks, k, rows)
     found = unit_rows(features_nd[neighbors.indices_nk[rows].ravel()]).reshape(len(rows), k, -1)
-    hits = (1 - np.einsum("md,mkd->mk", queries, found) <= exact[:, -1:] + 1e-6).mean(axis=1)
+    true = 1 - np.einsum("md,mkd->mk", queries, found) <= exact[:, -1:] + 1e-6
+    hits = (true & _others_once(neighbors.indices_nk[rows], rows)).mean(axis=1)
     half = float(1.96 * hits.std() / np.sqrt(len(rows)))
     recall = float(hits.mean())
     return Audit(recall, max(0.0, recall - half), min(1.0, recall + half), len(rows), k, neighbors.method)
+
+
+def _others_once(indices_mk: np.ndarray, rows_m: np.ndarray) -> np.ndarray:
+    """Whether a neighbour is another cell than its row, and named for the first time in it, (m, k)."""
+    order = np.argsort(indices_mk, axis=1, kind="stable")
+    ordered = np.take_along_axis(indices_mk, order, axis=1)
+    first = np.ones(ordered.shape, bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    once = np.empty_like(first)
+    np.put_along_axis(once, order, first, axis=1)
+    return np.asarray(once & (indices_mk != rows_m[:, None]))
 
 
 def require_recall(audit: Audit, minimum: float) -> None:

@@ -10,13 +10,14 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from schelix_scale.config import GraphConfig
+from schelix_scale.errors import GraphError
 from schelix_scale.graph.audit import Audit, audit_recall, require_recall
 from schelix_scale.graph.descent import PROBES, FoundFiles, descend, in_cell_order
 from schelix_scale.graph.knn import Neighbors, choose_method, find_neighbors, require_cells
 from schelix_scale.graph.lists import CellIndex
 from schelix_scale.graph.partitions import SearchPartition, partitions, room_for, search_partitions
 from schelix_scale.graph.search import SearchProcess
-from schelix_scale.graph.vectors import cell_dtype
+from schelix_scale.graph.vectors import cell_dtype, row_blocks
 from schelix_scale.progress import QuietReporter, Reporter
 from schelix_scale.publish import create_array, write_json
 
@@ -71,6 +72,10 @@ def build_neighbors(
     reporter = reporter or QuietReporter()
     n, k = len(features_nd), config.k
     require_cells(n, k)
+    for first, last in row_blocks(n):
+        finite = np.isfinite(features_nd[first:last]).all(axis=1)
+        if not finite.all():
+            raise GraphError(f"the features of cell {first + int(np.argmin(finite))} are not finite: check the source.")
     method = choose_method(n, config)
     if method == "exact":
         with reporter.stage("neighbours (exact)", n) as progress:

@@ -29,7 +29,7 @@ from schelix_scale.publish import publish, remove, write_json
 
 STREAMS = ("anchor", "variant")
 LIBRARIES = {"exact": ("scikit-learn",), "ivf": ("numpy", "scikit-learn")}
-SEARCH = 3  # raised when searches find something else
+SEARCH = 4  # raised when searches find something else
 BUILDING = ".building"
 
 

@@ -287,7 +287,7 @@ def descend(
             start(index, files)
             recall = pilot.recall(files.scores())
             write_json(path, {"round": 0, "recall": recall, "expand": expand})
-    everything = False
+    everything = path.exists() and bool(json.loads(path.read_text()).get("everything", False))
     while recall < aim and number < MAX_ROUNDS:
         number += 1
         task = Expand(index.folder, files, number, min(expand, k), everything)
@@ -296,6 +296,8 @@ def descend(
         if recall >= enough and gain < SLOW_GAIN:
             break
         everything = gain < LEAST_GAIN
+        wider = expand * 2 if everything and expand < k else expand
+        write_json(path, {"round": number, "recall": recall, "expand": wider, "everything": everything})
         if everything:
             if expand >= k:
                 break

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from schelix_scale.graph.vectors import cell_dtype, forget, positions_of, row_blocks, unit_rows
 from schelix_scale.publish import create_array
@@ -98,7 +99,8 @@ def fit_lists(features_nd: np.ndarray, seed: int, workers: int, list_cells: int 
     def split(group: int) -> int:
         rows = sample[group_s == group]
         k = min(len(rows), max(1, round(wanted * len(rows) / size)))
-        parts[group] = cluster(rows, k).cluster_centers_.astype(np.float32) if k else rows
+        with threadpool_limits(1, user_api="openmp"):  # limits of OpenMP hold for the thread that sets them
+            parts[group] = cluster(rows, k).cluster_centers_.astype(np.float32) if k else rows
         return len(rows)
 
     with warnings.catch_warnings():  # identical cells make fewer clusters: a list without cells does no harm

@@ -26,12 +26,13 @@ def nearest(scores_qc: np.ndarray, k: int, floor_q: np.ndarray | None = None) ->
         floor_q = np.partition(head, head.shape[1] - k, axis=1)[:, head.shape[1] - k]
         floor_q = np.where(np.isfinite(floor_q), floor_q, -np.finfo(np.float32).max)
     hits = np.flatnonzero(scores_qc >= floor_q[:, None])
-    if len(hits) > FLOOD * k * rows:
+    row_h, column_h = np.divmod(hits, width)
+    too_few = bool((np.bincount(row_h, minlength=rows) < k).any())  # a floor that not k scores reach after all
+    if too_few or len(hits) > FLOOD * k * rows:
         columns = np.argpartition(-scores_qc, k - 1, axis=1)[:, :k]
         values = np.take_along_axis(scores_qc, columns, axis=1)
         order = np.lexsort((columns, -values), axis=1)
         return np.take_along_axis(columns, order, axis=1), np.take_along_axis(values, order, axis=1)
-    row_h, column_h = np.divmod(hits, width)
     value_h = scores_qc.ravel()[hits]
     order = np.argsort(4.0 * row_h - value_h)  # by row, then by score: cosines are at most 1
     chosen = order[np.searchsorted(row_h, np.arange(rows))[:, None] + np.arange(k)]

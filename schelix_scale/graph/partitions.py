@@ -104,8 +104,17 @@ class SearchPartition:
         """Write what was found among the rows of the partition."""
         target = self.path(partition)
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".npz", delete=False) as file:
-            np.savez(file, positions=partition.positions[indices_mk], scores=1 - distances_mk)
+            found = partition.positions[indices_mk]
+            np.savez(file, rows=partition.positions, positions=found, scores=1 - distances_mk)
         Path(file.name).rename(target)
+
+    def done(self, partition: Partition) -> bool:
+        """Whether the same partition was searched before; with another budget there are others."""
+        path = self.path(partition)
+        if not path.exists():
+            return False
+        with np.load(path) as found:
+            return bool(np.array_equal(found["rows"], partition.positions))
 
     def path(self, partition: Partition) -> Path:
         """Return the file of a partition."""
@@ -124,7 +133,7 @@ def search_partitions(
     Without a cluster they are searched one after the other, each on all threads, in the process that ``process`` makes.
     """
     task.folder.mkdir(parents=True, exist_ok=True)
-    left = [part for part in parts if not task.path(part).exists()]
+    left = [part for part in parts if not task.done(part)]
     total = sum(len(part.positions) for part in parts)
     name = f"neighbours (pynndescent, {len(parts)} partitions)"
     with reporter.stage(name, total) as progress:

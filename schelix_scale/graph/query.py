@@ -16,7 +16,7 @@ from schelix_scale.errors import GraphError
 from schelix_scale.graph.build import INDEX
 from schelix_scale.graph.descent import GROUP_CELLS, MIN_CANDIDATES
 from schelix_scale.graph.lists import CellIndex
-from schelix_scale.graph.nearest import distinct, nearest, nearest_in_blocks
+from schelix_scale.graph.nearest import nearest, nearest_in_blocks
 from schelix_scale.graph.vectors import row_blocks, unit_rows
 from schelix_scale.scheduling import run_tasks
 
@@ -141,10 +141,12 @@ class QueryIndex:
             candidates = np.arange(index.n_cells)
         columns, _ = nearest(unit_qd @ index.vectors_nd[candidates].T, k)
         found = candidates[columns]
-        around = self.indices_nk[index.cells[distinct(found[:, :EXPAND])]]
-        candidates = distinct(np.concatenate([found.ravel(), self.position_n[around].ravel()]))
-        columns, _ = nearest(unit_qd @ index.vectors_nd[candidates].T, k)
-        return np.asarray(index.cells[candidates[columns]])
+        around = self.position_n[self.indices_nk[index.cells[found[:, :EXPAND]]]].reshape(len(found), -1)
+        wider = np.sort(np.hstack([found, around]), axis=1)
+        scores = np.einsum("qd,qcd->qc", unit_qd, index.vectors_nd[wider])
+        scores[:, 1:][wider[:, 1:] == wider[:, :-1]] = -np.inf
+        columns, _ = nearest(scores, k)
+        return np.asarray(index.cells[np.take_along_axis(wider, columns, axis=1)])
 
     def _ranked(self, unit_md: np.ndarray, rows_mk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Order neighbours by their distances, computed one by one: so they are the same in any company."""

@@ -99,6 +99,8 @@ class SharedOperators:
             sums = read_json(entry / SUMS)
         except RunError as error:
             return str(error)
+        if set(sums) != {"graph", "diffused"} or not all((entry / part).is_dir() for part in sums):
+            return "a part is missing"
         wrong = [part for part, expected in sums.items() if checksum(entry / part) != expected]
         return f"{', '.join(wrong)}: other content than was written" if wrong else ""
 

@@ -78,6 +78,15 @@ def test_wrong_indices_with_right_distances_are_found_out() -> None:
     assert audit_recall(z_nd, wrong, N, 0).recall == pytest.approx(true_recall(z_nd, wrong).mean(), abs=0.01)
 
 
+def test_a_cell_itself_and_repeats_do_not_count() -> None:
+    z_nd, neighbors = degraded(0.0)
+    indices = neighbors.indices_nk.copy()
+    indices[:, 0] = np.arange(N)
+    indices[:, 2] = indices[:, 1]
+    found = audit_recall(z_nd, Neighbors(indices, neighbors.distances_nk, "ivf"), N, 0)
+    assert found.recall == pytest.approx((K - 2) / K, abs=1e-9)
+
+
 def test_require_recall() -> None:
     audit = Audit(0.934, 0.92, 0.95, 500, 30, "pynndescent")
     require_recall(audit, 0.934)

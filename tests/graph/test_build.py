@@ -130,6 +130,13 @@ def test_a_low_recall_makes_the_search_go_wider(
         build_neighbors(features_nd, tmp_path / "fails", IVF, 0, 2, LOTS)
 
 
+def test_features_that_are_not_finite(features_nd: np.ndarray, tmp_path: Path) -> None:
+    broken = features_nd.copy()
+    broken[77, 3] = np.nan
+    with pytest.raises(GraphError, match="features of cell 77 are not finite"):
+        build_neighbors(broken, tmp_path, IVF, 0, 1, LOTS)
+
+
 def test_too_few_cells(tmp_path: Path) -> None:
     with pytest.raises(GraphError, match="k = 15 neighbours need more than 15 cells, got 9"):
         build_neighbors(gaussian_cells(n=9)[0], tmp_path, IVF, 0, 1, LOTS)

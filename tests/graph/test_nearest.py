@@ -26,6 +26,13 @@ def test_highest_scores_of_each_row(seed: int, rows: int, k: int, more: int, flo
     assert all(len(set(row)) == k for row in columns.tolist())
 
 
+def test_a_floor_that_too_few_scores_reach() -> None:
+    scores = np.random.default_rng(0).uniform(-1, 1, (4, 50)).astype(np.float32)
+    expected = -np.sort(-scores, axis=1)[:, :5]
+    floor = np.array([-1, expected[1, 2], 1, expected[3, 4]], np.float32)
+    np.testing.assert_array_equal(nearest(scores.copy(), 5, floor)[1], expected)
+
+
 def test_what_must_not_be_chosen() -> None:
     scores = np.full((3, 5), 0.5, np.float32)
     scores[:, 1] = -np.inf
