@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import final
 
 from schelix_scale.errors import RunError
 
 LOCK_NAME = ".lock"
+
+
+def open_lock(path: Path, read: bool = False) -> int:
+    """Open a lock file, made if it is not there; return its descriptor.
+
+    Whoever may write to its directory may write to it, whatever the umask of who made it.
+
+    Parameters
+    ----------
+    read
+        Open a file that may not be written to for reading: enough for a lock on most file systems.
+
+    Raises
+    ------
+    PermissionError
+        Neither is allowed.
+    """
+    ways = [os.O_RDWR, os.O_RDWR | os.O_CREAT, os.O_RDWR]  # sticky directories refuse O_CREAT where there is a file
+    for flags in [*ways, os.O_RDONLY] if read else ways:
+        with suppress(FileNotFoundError, PermissionError):
+            descriptor = os.open(path, flags, 0o666)
+            if os.fstat(descriptor).st_uid == os.geteuid():
+                os.fchmod(descriptor, 0o600 | (path.parent.stat().st_mode & 0o066))
+            return descriptor
+    raise PermissionError(errno.EACCES, "permission denied", str(path))
 
 
 @final
@@ -20,12 +47,17 @@ class DirectoryLock:
     Raises
     ------
     RunError
-        Somebody else holds it, or the file system has no locks.
+        Somebody else holds it, it may not be written to, or the file system has no locks.
     """
 
     def __init__(self, directory: Path) -> None:
         path = directory / LOCK_NAME
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._descriptor = open_lock(path)
+        except PermissionError as error:
+            raise RunError(
+                f"the run {directory} is not this user's to fill ({error}). Choose another output directory with -o."
+            ) from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

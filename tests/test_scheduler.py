@@ -24,7 +24,7 @@ from schelix_scale.config import GraphConfig
 from schelix_scale.config_io import load_config
 from schelix_scale.errors import ConfigError, DataError, RunError
 from schelix_scale.features import onepass
-from schelix_scale.graph import build, descent
+from schelix_scale.graph import build, found, lists
 from schelix_scale.pipeline import integrate
 from schelix_scale.progress import QuietReporter
 from schelix_scale.scheduling import run_tasks
@@ -78,8 +78,8 @@ def test_threads_and_a_cluster_write_the_same_bytes(cluster: Any, source: Path, 
 def test_neighbours_are_searched_on_a_cluster(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both the lists and, with few of them at the start, the rounds; several tasks of each."""
     monkeypatch.setattr(build, "PROBES", 2)
-    monkeypatch.setattr(descent, "SPANS_A_TASK", 1)
-    monkeypatch.setattr(descent, "MIN_CANDIDATES", 30)
+    monkeypatch.setattr(found, "SPANS_A_TASK", 1)
+    monkeypatch.setattr(lists, "MIN_CANDIDATES", 30)
     z_nd = np.asarray(gaussian_cells(n=9_000, d=12, n_types=6)[0], np.float32)
     config = GraphConfig(method="ivf", k=15)
     here, _ = build.build_neighbors(z_nd, tmp_path / "threads", config, 0, 2, 10**12)

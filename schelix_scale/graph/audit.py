@@ -11,6 +11,9 @@ from schelix_scale.graph.knn import Neighbors
 from schelix_scale.graph.nearest import nearest_in_blocks
 from schelix_scale.graph.vectors import row_blocks, unit_rows
 
+AUDIT_BLOCK = 500  # cells that are searched exactly at once
+Z = 1.959964  # of 95 %
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -21,7 +24,7 @@ class Audit:
     recall
         Mean share of the k exact neighbours that were found.
     low, high
-        95 % normal confidence interval of the mean.
+        95 % confidence interval of the mean, see `recall_interval`.
     cells
         Number of sampled cells.
     k
@@ -37,6 +40,10 @@ class Audit:
     k: int
     method: str
 
+    def __str__(self) -> str:
+        """Return the figures in words, for the log."""
+        return f"{self.recall:.3f} (95 % CI {self.low:.3f}-{self.high:.3f}, {self.cells} cells)"
+
     def to_dict(self) -> dict[str, float | int | str]:
         """Return the fields for JSON."""
         return asdict(self)
@@ -50,16 +57,48 @@ def audit_recall(features_nd: np.ndarray, neighbors: Neighbors, n_cells: int, se
     may be right where row numbers are not.
     """
     n, k = neighbors.indices_nk.shape
+    if not k:
+        return Audit(1.0, 1.0, 1.0, n, k, neighbors.method)  # a cell without others lacks none
     rows = np.sort(np.random.default_rng([seed, 0xA0D17]).choice(n, min(n_cells, n), replace=False))
+    counts = [
+        _true_neighbors(features_nd, neighbors.indices_nk, rows[a:b]) for a, b in row_blocks(len(rows), AUDIT_BLOCK)
+    ]
+    found_m = np.concatenate(counts)
+    low, high = recall_interval(found_m, k)
+    return Audit(float(found_m.mean() / k), low, high, len(rows), k, neighbors.method)
+
+
+def _true_neighbors(features_nd: np.ndarray, indices_nk: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """How many of the k neighbours of some cells (m,) are exact ones, (m,)."""
+    n, k = indices_nk.shape
     queries = unit_rows(features_nd[rows])
     blocks = ((start, unit_rows(features_nd[start:stop])) for start, stop in row_blocks(n))
     _, exact = nearest_in_blocks(queries, blocks, k, rows)
-    found = unit_rows(features_nd[neighbors.indices_nk[rows].ravel()]).reshape(len(rows), k, -1)
+    found = unit_rows(features_nd[indices_nk[rows].ravel()]).reshape(len(rows), k, -1)
     true = 1 - np.einsum("md,mkd->mk", queries, found) <= exact[:, -1:] + 1e-6
-    hits = (true & _others_once(neighbors.indices_nk[rows], rows)).mean(axis=1)
-    half = float(1.96 * hits.std() / np.sqrt(len(rows)))
-    recall = float(hits.mean())
-    return Audit(recall, max(0.0, recall - half), min(1.0, recall + half), len(rows), k, neighbors.method)
+    return np.asarray((true & _others_once(indices_nk[rows], rows)).sum(axis=1))
+
+
+def recall_interval(found_m: np.ndarray, k: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the mean of found_m / k, for counts (m,) of neighbours found of k.
+
+    Wilson's interval of the m k neighbours, whose number is divided by the design effect (Kish 1965; Korn & Graubard
+    1998): how many times the variance of the mean is that of independent neighbours. Those of a cell are lost
+    together, and the more so the less one sees of it: the design effect is the one measured on the f cells that lack
+    neighbours, and k (all of a cell or none) on z^2 more that may have been missed. So where all neighbours were found,
+    the interval is that of m cells of which each has them all or none.
+    """
+    m, recall = len(found_m), float(found_m.mean() / k)
+    lacking = int((found_m < k).sum())
+    independent = recall * (1 - recall) / (m * k)
+    effect = 1.0
+    if independent > 0 and m > 1:
+        effect = max(1.0, float((found_m / k).var(ddof=1)) / m / independent)
+    effect = (lacking * effect + Z**2 * k) / (lacking + Z**2)
+    size = m * k / effect
+    middle, half = recall + Z**2 / (2 * size), Z * np.sqrt(recall * (1 - recall) / size + (Z / (2 * size)) ** 2)
+    low, high = ((middle + sign * half) / (1 + Z**2 / size) for sign in (-1, 1))
+    return float(max(0.0, min(low, recall))), float(min(1.0, max(high, recall)))
 
 
 def _others_once(indices_mk: np.ndarray, rows_m: np.ndarray) -> np.ndarray:
@@ -76,6 +115,10 @@ def _others_once(indices_mk: np.ndarray, rows_m: np.ndarray) -> np.ndarray:
 def require_recall(audit: Audit, minimum: float) -> None:
     """Raise if the recall is below the asked minimum.
 
+    The mean over the sampled cells is judged, as it is the best estimate; the interval, which is reported with it, says
+    how far the recall of all cells may be from it. ``graph.audit_cells`` makes it narrower; where the recall must not
+    be below r at all, ask for that much more.
+
     Raises
     ------
     GraphError
@@ -83,7 +126,7 @@ def require_recall(audit: Audit, minimum: float) -> None:
     """
     if audit.recall < minimum:
         raise GraphError(
-            f"The neighbour graph found {audit.recall:.3f} of the exact neighbours of {audit.cells} sampled cells; "
-            f"graph.min_recall asks for {minimum}. Raise graph.k, "
-            "lower graph.min_recall, or use another graph.method (exact finds all)."
+            f"The neighbour graph found {audit.recall:.3f} of the exact neighbours of {audit.cells} sampled cells; its "
+            f"95 % confidence interval is {audit.low:.3f}-{audit.high:.3f}, and graph.min_recall asks for "
+            f"{minimum}. Raise graph.k, lower graph.min_recall, or use another graph.method (exact finds all)."
         )

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from schelix_scale.config import GraphConfig
-from schelix_scale.errors import GraphError
 from schelix_scale.graph.audit import Audit, audit_recall, require_recall
-from schelix_scale.graph.descent import PROBES, FoundFiles, descend, in_cell_order
+from schelix_scale.graph.descent import PROBES, descend, in_cell_order
+from schelix_scale.graph.found import FoundFiles
 from schelix_scale.graph.knn import Neighbors, choose_method, find_neighbors, require_cells
 from schelix_scale.graph.lists import CellIndex
-from schelix_scale.graph.partitions import SearchPartition, partitions, room_for, search_partitions
+from schelix_scale.graph.partitions import (
+    Breadth,
+    SearchPartition,
+    breadths,
+    partitions,
+    require_room,
+    search_partitions,
+)
+from schelix_scale.graph.scratch import DONE, FOUND, INDEX, claim, content_hash, search_version
 from schelix_scale.graph.search import SearchProcess
-from schelix_scale.graph.vectors import cell_dtype, row_blocks
+from schelix_scale.graph.threads import one_thread_each
+from schelix_scale.graph.vectors import cell_dtype
 from schelix_scale.progress import QuietReporter, Reporter
-from schelix_scale.publish import create_array, write_json
+from schelix_scale.publish import create_array, sync, write_json
 
-INDEX, FOUND, DONE = "index", "found", "neighbours.json"
 ATTEMPTS = 2
 MORE_PROBES = 8
+TASK_BYTES, TASK_SHARE = 150_000_000, 0.5  # of a task of the method ivf, and of the budget for all that run at once
 Begin = Callable[[CellIndex, FoundFiles], None]
 
 
@@ -46,53 +55,83 @@ def build_neighbors(
     features_nd
         (n, d) features, in memory or a memory map of an .npy file.
     folder
-        Where files go: what is found, the index, and the state of a search that is under way, which is continued.
-        Exact neighbours of few cells stay in memory.
+        Where files go: what is found, the index, and the state of a search that is under way, which is continued if it
+        is one of the same features and settings. Exact neighbours of few cells stay in memory.
     config
         Neighbours, method, the recall that is asked for, and the cells it is measured on.
     budget
-        Bytes of memory; pynndescent searches partitions where all cells do not fit into it.
+        Bytes of memory; pynndescent searches partitions where all cells do not fit into it, and fewer tasks of the
+        method ivf run at once.
     scheduler
         A dask.distributed cluster for the tasks; else threads of this process.
     search
-        A process in which pynndescent has compiled already.
+        A process in which pynndescent has compiled already; it is ended with the search.
     start
         Writes neighbours to start from (`descent.start_from`), for the method ivf.
 
     Returns
     -------
     Neighbours, memory maps in ``folder`` if it was used, and their audit. An audit below ``config.min_recall`` makes
-    the search go wider, once.
+    the search go wider, once, by the same method.
 
     Raises
     ------
     GraphError
-        Too few cells, or a recall below ``config.min_recall`` whatever was tried.
+        Too few cells, features that are not finite, or a recall below ``config.min_recall`` whatever was tried.
     """
     reporter = reporter or QuietReporter()
     n, k = len(features_nd), config.k
     require_cells(n, k)
-    for first, last in row_blocks(n):
-        finite = np.isfinite(features_nd[first:last]).all(axis=1)
-        if not finite.all():
-            raise GraphError(f"the features of cell {first + int(np.argmin(finite))} are not finite: check the source.")
+    content = content_hash(features_nd)
     method = choose_method(n, config)
     if method == "exact":
         with reporter.stage("neighbours (exact)", n) as progress:
             exact = find_neighbors(features_nd, k, method, seed, threads, progress.advance)
-        return exact, _audited(features_nd, exact, config, seed)
+        return exact, _required(audit_recall(features_nd, exact, config.audit_cells, seed), config)
+    made_from = {
+        "features": content,
+        "settings": [n, k, method, seed, config.min_recall, config.audit_cells, start is not None],
+        "circumstances": circumstances(features_nd.shape, config, threads, budget),
+        **search_version(method),
+    }
+    if method == "pynndescent":
+        require_room(breadths(budget, n, features_nd.shape[1], k)[0].room, n)
+    claim(folder, made_from)
+    audit = None
     if not (folder / DONE).exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with threadpool_limits(1):  # each task is one thread's work
-            builder = _Builder(features_nd, folder, config, seed, threads, budget, reporter, scheduler, search)
-            builder.build(method, start)
+        with one_thread_each(), ExitStack() as processes:
+            if search is not None:
+                processes.enter_context(search)
+            builder = _Builder(
+                features_nd, folder, config, seed, threads, budget, reporter, scheduler, search, processes
+            )
+            audit = builder.build(method, start)
     indices, distances = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("indices", "distances"))
     neighbors = Neighbors(indices, distances, method)
-    return neighbors, _audited(features_nd, neighbors, config, seed)
+    return neighbors, _required(audit or audit_recall(features_nd, neighbors, config.audit_cells, seed), config)
 
 
-def _audited(features_nd: np.ndarray, neighbors: Neighbors, config: GraphConfig, seed: int) -> Audit:
-    audit = audit_recall(features_nd, neighbors, config.audit_cells, seed)
+def circumstances(shape: tuple[int, ...], config: GraphConfig, threads: int, budget: int) -> dict[str, object]:
+    """Return what else than features and settings changes which neighbours of (n, d) features are found.
+
+    With pynndescent these are the threads, and how many cells the budget of bytes has room for.
+    """
+    n, dims = shape
+    if choose_method(n, config) != "pynndescent":
+        return {}
+    rooms = [[breadth.neighbours, breadth.room] for breadth in breadths(budget, n, dims, config.k)]
+    return {"threads": threads, "rooms": rooms}
+
+
+def tasks_at_once(threads: int, budget: int) -> int:
+    """Return how many tasks of the method ivf run at once: as many as there are threads, and the budget has room for.
+
+    The memory of a task is bounded whatever the cells are, and what is found does not depend on their number.
+    """
+    return max(1, min(threads, int(TASK_SHARE * budget) // TASK_BYTES))
+
+
+def _required(audit: Audit, config: GraphConfig) -> Audit:
     require_recall(audit, config.min_recall)
     return audit
 
@@ -111,36 +150,34 @@ class _Builder:
         reporter: Reporter,
         scheduler: str | None,
         search: SearchProcess | None,
+        processes: ExitStack,
     ) -> None:
         self.features, self.folder, self.config, self.seed = features_nd, folder, config, seed
         self.threads, self.budget, self.reporter = threads, budget, reporter
-        self.scheduler, self.search = scheduler, search
+        self.scheduler, self.search, self.processes = scheduler, search, processes
         self.aim = (1 + config.min_recall) / 2
         self.enough = config.min_recall + 0.15 * (1 - config.min_recall)  # the pilot's error, roughly, above the least
 
-    def build(self, method: str, start: Begin | None) -> None:
+    def build(self, method: str, start: Begin | None) -> Audit:
         """Search, measure, and search again more widely if that was not enough."""
         index = self._index()
-        if method == "pynndescent":
-            start = self._by_pynndescent(index)
         names = "indices", "distances"
         kinds = cell_dtype(index.n_cells), np.dtype(np.float32)
         shape = (index.n_cells, self.config.k)
         out = [create_array(self.folder / f"{name}.npy", shape, kind) for name, kind in zip(names, kinds, strict=True)]
         for attempt in range(ATTEMPTS):
-            found, probes = self.folder / f"{FOUND}-{attempt}", PROBES * MORE_PROBES**attempt
             files, number = descend(
                 index,
                 self.config.k,
-                found,
+                self.folder / f"{FOUND}-{attempt}",
                 self.seed + attempt,
                 self.aim,
                 self.enough,
-                self.threads,
+                tasks_at_once(self.threads, self.budget),
                 self.reporter,
                 self.scheduler,
-                start,
-                probes,
+                self._by_pynndescent(attempt) if method == "pynndescent" else start,
+                PROBES * MORE_PROBES**attempt,
             )
             in_cell_order(index, files, number, out)
             for array in out:
@@ -153,9 +190,12 @@ class _Builder:
                 f"than graph.min_recall = {self.config.min_recall}; it is repeated more widely"
             )
             start = None
-        write_json(self.folder / DONE, {"method": method, "rounds": number})
+        for name in names:
+            sync(self.folder / f"{name}.npy")
+        write_json(self.folder / DONE, {"method": method, "rounds": number, "attempts": attempt + 1})
         for left in self.folder.glob(f"{FOUND}*"):
             shutil.rmtree(left)
+        return audit
 
     def _index(self) -> CellIndex:
         """Build the index, or open it if that was done."""
@@ -164,17 +204,26 @@ class _Builder:
             return CellIndex.open(folder)
         with self.reporter.stage("neighbours: index", 2 * len(self.features)) as progress:
             index = CellIndex.build(self.features, folder, self.seed, self.threads, progress.advance)
+        for file in folder.iterdir():
+            sync(file)
+        sync(folder)
         write_json(done, {"lists": len(index.lists.centroids_md)})
         return index
 
-    def _by_pynndescent(self, index: CellIndex) -> Begin:
-        """Search all cells, or partitions of them, by pynndescent."""
-        k, dims = self.config.k, index.vectors_nd.shape[1]
-        room = max(room_for(self.budget, dims, k), 0)
-        parts = partitions(index, room)
-        task = SearchPartition(index.folder, self.folder / f"{FOUND}-parts", k, self.seed, self.threads)
+    def _by_pynndescent(self, attempt: int) -> Begin:
+        """Return what searches all cells, or partitions of them, by pynndescent, and writes what it found."""
+        breadth: Breadth = breadths(self.budget, len(self.features), self.features.shape[1], self.config.k)[attempt]
+        folder, k, seed = self.folder / f"{FOUND}-parts-{attempt}", self.config.k, self.seed + attempt
 
         def process() -> SearchProcess:
-            return self.search or SearchProcess(k, dims, self.threads)
+            if self.search is None:
+                self.search = SearchProcess(breadth.neighbours, self.features.shape[1], self.threads)
+                self.processes.enter_context(self.search)
+            return self.search
 
-        return search_partitions(parts, task, process, self.scheduler, self.reporter)
+        def begin(index: CellIndex, files: FoundFiles) -> None:
+            parts = partitions(index, breadth.room, breadth.overlap, breadth.neighbours)
+            task = SearchPartition(index.folder, folder, k, breadth.neighbours, seed, self.threads)
+            search_partitions(parts, task, process, self.scheduler, self.reporter)(index, files)
+
+        return begin

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +19,25 @@ import numpy as np
 
 from schelix_scale.config import GraphConfig
 from schelix_scale.graph.audit import Audit
-from schelix_scale.graph.build import INDEX, Begin, build_neighbors
+from schelix_scale.graph.build import Begin, build_neighbors, circumstances
 from schelix_scale.graph.diffusion import diffuse
 from schelix_scale.graph.knn import Neighbors
 from schelix_scale.graph.operator import Operator, build_operator
+from schelix_scale.graph.scratch import INDEX, search_version
 from schelix_scale.graph.search import SearchProcess
 from schelix_scale.progress import Reporter
-from schelix_scale.publish import publish, remove, write_json
+from schelix_scale.publish import create_array, publish, remove, write_json
 
 STREAMS = ("anchor", "variant")
-LIBRARIES = {"exact": ("scikit-learn",), "ivf": ("numpy", "scikit-learn")}
-SEARCH = 4  # raised when searches find something else
 BUILDING = ".building"
 
 
 def operator_id(inputs: Mapping[str, Any], method: str) -> str:
     """Name an operator by what it is made from: ``inputs``, the method, and the libraries that do the work.
 
-    The threads belong to the inputs of pynndescent, which finds other neighbours with another number of them.
+    The `OperatorCache.circumstances` of the search belong to the inputs.
     """
-    names = LIBRARIES.get(method, ("pynndescent", "numpy", "scikit-learn"))
-    libraries = {name: version(name) for name in names}
-    content = {**inputs, "method": method, "search": SEARCH, "libraries": libraries}
+    content = {**inputs, "method": method, **search_version(method)}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -87,6 +84,10 @@ class OperatorCache:
         """Whether the operator and its diffused features are there."""
         return all((self.root / path).is_dir() for path in self.artifacts(name))
 
+    def circumstances(self, shape: tuple[int, ...], threads: int) -> dict[str, Any]:
+        """Return what else changes the neighbours of (n, d) features, for their `operator_id`."""
+        return dict(circumstances(shape, self.config, threads, self.budget))
+
     def find(
         self,
         features_nd: np.ndarray,
@@ -129,6 +130,12 @@ class OperatorCache:
         """Remove what `find` left."""
         remove(self._building(name))
 
+    def discard_others(self, name: str) -> None:
+        """Remove what searches for any other operator than ``name`` left, when they were interrupted."""
+        for path in (self.root / "graph").glob(f"*{BUILDING}"):
+            if path != self._building(name):
+                remove(path)
+
     def publish(
         self,
         name: str,
@@ -169,6 +176,22 @@ class OperatorCache:
     def work(self) -> int:
         """Cells that `publish` advances by in all."""
         return int(len(STREAMS) * max(self.config.hops) * len(self.batch_n))
+
+    @contextmanager
+    def scratch(self, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+        """Yield a float32 array on disk that is removed in the end."""
+        folder = self._building("values")
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield create_array(folder / "values.npy", shape, np.float32)
+        finally:
+            remove(folder)
+
+    def folder(self, name: str) -> Path:
+        """Return the directory of what is made for an operator, see `find`."""
+        folder = self._building(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     def _building(self, name: str) -> Path:
         return self.root / "graph" / f"{name}{BUILDING}"

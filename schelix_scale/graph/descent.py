@@ -4,93 +4,32 @@ The neighbours of a neighbour are likely neighbours (nearest neighbour descent, 
 doi:10.1145/1963405.1963487). A round looks at those of all cells of a list at once, as one matrix product; it costs the
 same a cell however many cells there are. Rounds go on until the neighbours of a few pilot cells, which are also
 searched exactly, are found well enough. Nothing here compiles, and the number of threads does not change what is found.
-
-Neighbours are kept by position in the `lists.CellIndex`, in plain files of a folder that are read and written in spans
-of whole pages: tasks may run on several machines that share a file system.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from schelix_scale.graph.found import SPAN, FoundFiles
 from schelix_scale.graph.lists import CellIndex
-from schelix_scale.graph.nearest import distinct, nearest, nearest_in_blocks
-from schelix_scale.graph.vectors import cell_dtype, forget, row_blocks
+from schelix_scale.graph.nearest import distinct, nearest_among, nearest_in_blocks
+from schelix_scale.graph.vectors import forget, row_blocks
 from schelix_scale.progress import Reporter
-from schelix_scale.publish import disk_errors, write_json
+from schelix_scale.publish import write_json
 from schelix_scale.scheduling import run_tasks
 
-PROBES = 64  # lists that are searched for each list
+PROBES = 128  # lists that are searched for each list
 EXPAND = 20  # neighbours of a cell whose neighbours are looked at
-SPAN, SPANS_A_TASK = 4_096, 4  # with any k, a span of any of the files starts on a page
 GROUP_CELLS = 256  # cells of a list that are searched for at once
 MAX_ROUNDS, SLOW_GAIN, LEAST_GAIN = 12, 0.01, 0.002
 PILOT_CELLS = 300
-MIN_CANDIDATES = 256
 ROUNDING = 2e-6  # of a product of two rows, computed among others
 STATE = "state.json"
-
-
-@dataclass(frozen=True)
-class FoundFiles:
-    """The files of a search: neighbours of each round, which of them are fresh, and their scores.
-
-    Attributes
-    ----------
-    folder
-        Where they are.
-    n_cells, k
-        Their shape.
-    """
-
-    folder: Path
-    n_cells: int
-    k: int
-
-    def create(self) -> None:
-        """Make the files, with their space reserved."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name in (f"{kind}-{i}" for kind in ("neighbours", "fresh") for i in (0, 1)):
-            self._reserve(name)
-        self._reserve("scores")
-
-    def neighbours(self, number: int, mode: str = "r") -> np.ndarray:
-        """Map the positions of neighbours, (n, k), after a round."""
-        return self._map(f"neighbours-{number % 2}", mode)
-
-    def fresh(self, number: int, mode: str = "r") -> np.ndarray:
-        """Map whether a neighbour is one since this round, (n, k)."""
-        return self._map(f"fresh-{number % 2}", mode)
-
-    def scores(self, mode: str = "r") -> np.ndarray:
-        """Map cosine similarities to the neighbours of the last round, (n, k) float32, highest first."""
-        return self._map("scores", mode)
-
-    def spans(self) -> list[tuple[int, int]]:
-        """Return what the tasks of a round go through."""
-        return list(row_blocks(self.n_cells, SPAN * SPANS_A_TASK))
-
-    def _dtype(self, name: str) -> np.dtype:
-        kinds = {"neighbours": cell_dtype(self.n_cells), "fresh": np.dtype(bool), "scores": np.dtype(np.float32)}
-        return kinds[name.split("-")[0]]
-
-    def _map(self, name: str, mode: str) -> np.ndarray:
-        path = self.folder / f"{name}.bin"
-        return np.memmap(path, self._dtype(name), mode, shape=(self.n_cells, self.k))  # type: ignore[call-overload, no-any-return]
-
-    def _reserve(self, name: str) -> None:
-        path = self.folder / f"{name}.bin"
-        with disk_errors(path), path.open("wb") as file:
-            size = self.n_cells * self.k * self._dtype(name).itemsize
-            file.truncate(size)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
 
 
 @dataclass(frozen=True)
@@ -104,17 +43,13 @@ class Probe:
     def __call__(self, span: tuple[int, int]) -> int:
         """Write the neighbours of the cells at ``span``; return how many cells those are."""
         index, files = CellIndex.open(self.index), self.files
-        neighbours, scores, fresh = files.neighbours(0, "r+"), files.scores("r+"), files.fresh(0, "r+")
+        neighbours, scores, fresh = files.neighbours(0, "r+"), files.scores(0, "r+"), files.fresh(0, "r+")
         for chosen, start, stop in groups(index, span):
-            near = index.lists.near(chosen)
-            held = np.cumsum(index.starts[near + 1] - index.starts[near])
-            enough = int(np.searchsorted(held, max(4 * files.k, MIN_CANDIDATES))) + 1
-            candidates = index.members(near[: max(self.probes, enough)])
-            if len(candidates) <= files.k:
-                candidates = np.arange(index.n_cells)
+            candidates = index.around(chosen, self.probes, files.k)
             columns, values = _search(index, start, stop, candidates, files.k)
             neighbours[start:stop], scores[start:stop] = candidates[columns], values
         fresh[slice(*span)] = True
+        files.written(neighbours, scores, fresh)
         return span[1] - span[0]
 
 
@@ -143,15 +78,16 @@ class Expand:
         index, files, last = CellIndex.open(self.index), self.files, self.number - 1
         before, fresh = files.neighbours(last), files.fresh(last)
         after, now_fresh = files.neighbours(self.number, "r+"), files.fresh(self.number, "r+")
-        scores = files.scores("r+")
+        scores, now_scores = files.scores(last), files.scores(self.number, "r+")
         for _, start, stop in groups(index, span):
             mine = np.asarray(before[start:stop])
             candidates = self._candidates(before, fresh, mine, fresh[start:stop])
             floor = scores[start:stop, -1] - np.float32(ROUNDING)
             columns, values = _search(index, start, stop, candidates, files.k, floor)
             found = candidates[columns]
-            after[start:stop], scores[start:stop] = found, values
+            after[start:stop], now_scores[start:stop] = found, values
             now_fresh[start:stop] = ~_among(found, mine, index.n_cells)
+        files.written(after, now_scores, now_fresh)
         return span[1] - span[0]
 
     def _candidates(
@@ -180,16 +116,7 @@ def groups(index: CellIndex, span: tuple[int, int]) -> Iterator[tuple[int, int, 
 def _search(
     index: CellIndex, start: int, stop: int, candidates: np.ndarray, k: int, floor: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    scores = np.asarray(index.vectors_nd[start:stop]) @ index.vectors_nd[candidates].T
-    row, column = _own(candidates, start, stop)
-    scores[row, column] = -np.inf
-    return nearest(scores, k, floor)
-
-
-def _own(candidates: np.ndarray, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows and columns of the scores of cells with themselves."""
-    columns = np.flatnonzero((candidates >= start) & (candidates < stop))
-    return candidates[columns] - start, columns
+    return nearest_among(index.vectors_nd[start:stop], index.vectors_nd, candidates, k, start, floor)
 
 
 def _among(found: np.ndarray, mine: np.ndarray, n_cells: int) -> np.ndarray:
@@ -264,52 +191,47 @@ def descend(
     -------
     The files of the search, and the number of its last round.
     """
-    files, pilot = FoundFiles(folder, index.n_cells, k), Pilot.search(index, k, seed)
+    files, pilot = FoundFiles(folder, index.n_cells, k, scheduler is not None), Pilot.search(index, k, seed)
     path = folder / STATE
 
-    def go(name: str, task: Probe | Expand, number: int, expand: int) -> float:
+    def go(name: str, task: Probe | Expand) -> None:
         with reporter.stage(name, index.n_cells) as progress:
             run_tasks(task, files.spans(), workers, scheduler, progress.advance)
-        recall = pilot.recall(files.scores())
-        write_json(path, {"round": number, "recall": recall, "expand": expand})
-        return recall
+
+    def keep(number: int, recall: float, expand: int, everything: bool, done: bool) -> None:
+        files.sync(number)
+        done = done or recall >= aim or number >= MAX_ROUNDS
+        state = {"round": number, "recall": recall, "expand": expand, "everything": everything, "done": done}
+        write_json(path, state)
 
     if path.exists():
         state = json.loads(path.read_text())
-        number, recall, expand = state["round"], state["recall"], state["expand"]
-        reporter.say(f"neighbour search goes on after round {number} (recall {recall:.3f})")
+        if not state["done"]:
+            reporter.say(f"neighbour search goes on after round {state['round']} (recall {state['recall']:.3f})")
     else:
         files.create()
-        number, expand = 0, EXPAND
         if start is None:
-            recall = go("neighbours: nearby lists", Probe(index.folder, files, probes), 0, expand)
+            go("neighbours: nearby lists", Probe(index.folder, files, probes))
         else:
             start(index, files)
-            recall = pilot.recall(files.scores())
-            write_json(path, {"round": 0, "recall": recall, "expand": expand})
-    everything = path.exists() and bool(json.loads(path.read_text()).get("everything", False))
-    while recall < aim and number < MAX_ROUNDS:
-        number += 1
-        task = Expand(index.folder, files, number, min(expand, k), everything)
-        better = go(f"neighbours: round {number} (recall {recall:.3f})", task, number, expand)
-        gain, recall = better - recall, better
-        if recall >= enough and gain < SLOW_GAIN:
-            break
+        keep(0, pilot.recall(files.scores(0)), EXPAND, False, False)
+    while not (state := json.loads(path.read_text()))["done"]:
+        number, recall, expand = state["round"] + 1, state["recall"], state["expand"]
+        task = Expand(index.folder, files, number, min(expand, k), state["everything"])
+        go(f"neighbours: round {number} (recall {recall:.3f})", task)
+        better = pilot.recall(files.scores(number))
+        gain = better - recall
         everything = gain < LEAST_GAIN
-        wider = expand * 2 if everything and expand < k else expand
-        write_json(path, {"round": number, "recall": recall, "expand": wider, "everything": everything})
-        if everything:
-            if expand >= k:
-                break
-            expand *= 2
-    return files, number
+        done = (better >= enough and gain < SLOW_GAIN) or (everything and expand >= k)
+        keep(number, better, expand * 2 if everything else expand, everything, done)
+    return files, int(state["round"])
 
 
 def start_from(indices_nk: np.ndarray) -> Callable[[CellIndex, FoundFiles], None]:
     """Return what starts a search from known neighbours, (n, k) row numbers, such as those of other features."""
 
     def begin(index: CellIndex, files: FoundFiles) -> None:
-        neighbours, scores, fresh = files.neighbours(0, "r+"), files.scores("r+"), files.fresh(0, "r+")
+        neighbours, scores, fresh = files.neighbours(0, "r+"), files.scores(0, "r+"), files.fresh(0, "r+")
         positions = index.positions()
         for start, stop in row_blocks(index.n_cells, SPAN):
             found = positions[indices_nk[index.cells[start:stop]]]
@@ -326,7 +248,7 @@ def start_from(indices_nk: np.ndarray) -> Callable[[CellIndex, FoundFiles], None
 def in_cell_order(index: CellIndex, files: FoundFiles, number: int, out: Sequence[np.ndarray]) -> None:
     """Write the neighbours of a round by row number into two (n, k) arrays: row numbers and cosine distances."""
     indices, distances = out
-    positions, neighbours, scores = index.positions(), files.neighbours(number), files.scores()
+    positions, neighbours, scores = index.positions(), files.neighbours(number), files.scores(number)
     for start, stop in row_blocks(index.n_cells):
         here = positions[start:stop]
         indices[start:stop] = index.cells[neighbours[here]]

@@ -23,6 +23,7 @@ from schelix_scale.scheduling import run_tasks
 LIST_CELLS, MAX_LISTS = 64, 65_536
 SAMPLE_A_LIST, ROUNDS = 20, 8
 NEAR_GROUPS = 12  # groups that are looked through for the lists near a list or a cell
+MIN_CANDIDATES = 256
 ASSIGN_CELLS, WRITE_CELLS = 50_000, 100_000
 ARRAYS = ("centroids", "groups", "starts", "cells", "vectors")
 
@@ -59,13 +60,19 @@ class Lists:
         spans = [np.arange(self.groups[g], self.groups[g + 1]) for g in self._coarse[1][group]]
         return np.concatenate(spans)
 
-    def near(self, chosen: int) -> np.ndarray:
-        """Return lists from the nearest to list ``chosen``, which is the first, to the farthest that is considered."""
+    def near(self, chosen: int, most: int | None = None) -> np.ndarray:
+        """Return lists from the nearest to list ``chosen``, which is the first, to the farthest that is considered.
+
+        No more than ``most`` of them, if given: quicker than to order all.
+        """
         group = int(np.searchsorted(self.groups, chosen, side="right")) - 1
         others = self._lists_near(group)
-        scores = self.centroids_md[others] @ self.centroids_md[chosen] - self._halves[others]
-        scores[others == chosen] = np.inf
-        return np.asarray(others[np.argsort(-scores, kind="stable")])
+        distances = self._halves[others] - self.centroids_md[others] @ self.centroids_md[chosen]
+        distances[others == chosen] = -np.inf
+        if most is not None and most < len(others):
+            kept = np.sort(np.argpartition(distances, most - 1)[:most])
+            others, distances = others[kept], distances[kept]
+        return np.asarray(others[np.argsort(distances, kind="stable")])
 
     def assign(self, unit_md: np.ndarray) -> np.ndarray:
         """Return the list (m,) int32 whose centroid is nearest to each of the unit rows (m, d)."""
@@ -150,6 +157,17 @@ class CellIndex:
         sizes = self.starts[lists + 1] - begin
         before = np.cumsum(sizes) - sizes
         return np.asarray(np.repeat(begin - before, sizes) + np.arange(sizes.sum()))
+
+    def around(self, chosen: int, probes: int, k: int) -> np.ndarray:
+        """Return positions of the cells of the ``probes`` lists nearest to one, or of more lists if k need that."""
+        near = self.lists.near(chosen, probes)
+        least = max(4 * k, MIN_CANDIDATES)
+        if (self.starts[near + 1] - self.starts[near]).sum() < least:
+            near = self.lists.near(chosen)
+            held = np.cumsum(self.starts[near + 1] - self.starts[near])
+            near = near[: max(probes, int(np.searchsorted(held, least)) + 1)]
+        candidates = self.members(near)
+        return candidates if len(candidates) > k else np.arange(self.n_cells)
 
     @classmethod
     def build(

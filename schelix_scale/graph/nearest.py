@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 FLOOD = 16  # times k hits a query: so many have ties, and are ranked whole
 FLOOR_COLUMNS = 1024
+HELD = 4  # times k hits a query are held before the best are chosen
+BLOCK_CANDIDATES = 2_048  # scored at once: with a list of queries, about what the second cache level holds
+RANKED_VALUES = 2_000_000  # scores that are ranked whole at once
 
 
 def nearest(scores_qc: np.ndarray, k: int, floor_q: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -25,18 +30,124 @@ def nearest(scores_qc: np.ndarray, k: int, floor_q: np.ndarray | None = None) ->
         head = scores_qc[:, : max(k, min(width, FLOOR_COLUMNS))]
         floor_q = np.partition(head, head.shape[1] - k, axis=1)[:, head.shape[1] - k]
         floor_q = np.where(np.isfinite(floor_q), floor_q, -np.finfo(np.float32).max)
-    hits = np.flatnonzero(scores_qc >= floor_q[:, None])
+    reach = scores_qc >= floor_q[:, None]
+    hits_q = np.count_nonzero(reach, axis=1)
+    too_few = bool((hits_q < k).any())  # a floor that not k scores reach after all
+    if too_few or hits_q.sum() > FLOOD * k * rows:
+        step = max(1, RANKED_VALUES // width)
+        parts = [_ranked_whole(scores_qc[start : start + step], k) for start in range(0, rows, step)]
+        return np.concatenate([columns for columns, _ in parts]), np.concatenate([values for _, values in parts])
+    hits = np.flatnonzero(reach)
     row_h, column_h = np.divmod(hits, width)
-    too_few = bool((np.bincount(row_h, minlength=rows) < k).any())  # a floor that not k scores reach after all
-    if too_few or len(hits) > FLOOD * k * rows:
-        columns = np.argpartition(-scores_qc, k - 1, axis=1)[:, :k]
-        values = np.take_along_axis(scores_qc, columns, axis=1)
-        order = np.lexsort((columns, -values), axis=1)
-        return np.take_along_axis(columns, order, axis=1), np.take_along_axis(values, order, axis=1)
     value_h = scores_qc.ravel()[hits]
     order = np.argsort(4.0 * row_h - value_h)  # by row, then by score: cosines are at most 1
     chosen = order[np.searchsorted(row_h, np.arange(rows))[:, None] + np.arange(k)]
     return column_h[chosen], value_h[chosen]
+
+
+def _ranked_whole(scores_qc: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    columns = np.argpartition(-scores_qc, k - 1, axis=1)[:, :k]
+    values = np.take_along_axis(scores_qc, columns, axis=1)
+    order = np.lexsort((columns, -values), axis=1)
+    return np.take_along_axis(columns, order, axis=1), np.take_along_axis(values, order, axis=1)
+
+
+def nearest_among(
+    unit_qd: np.ndarray,
+    vectors_nd: np.ndarray,
+    candidates: np.ndarray,
+    k: int,
+    start: int | None = None,
+    floor_q: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the k candidates of highest score of each query, highest first, and the scores, both (q, k).
+
+    Memory does not grow with the number of candidates: they are scored in blocks.
+
+    Parameters
+    ----------
+    unit_qd
+        (q, d) queries of norm 1.
+    vectors_nd
+        (n, d) rows of norm 1.
+    candidates
+        (c,) different rows, more than k of them.
+    start
+        The queries are rows ``start`` and following, and are not their own candidates.
+    floor_q
+        As in `nearest`.
+
+    Returns
+    -------
+    Columns, which are places in ``candidates``, and scores.
+    """
+    unit_qd = np.asarray(unit_qd)
+    rows, width = len(unit_qd), max(BLOCK_CANDIDATES, 2 * k)
+    hits, limit_q = Hits.none(rows, k), floor_q
+    for first in range(0, len(candidates), width):
+        part = candidates[first : first + width]
+        scores = unit_qd @ vectors_nd[part].T
+        if start is not None:
+            own = np.flatnonzero((part >= start) & (part < start + rows))
+            scores[part[own] - start, own] = -np.inf
+        if limit_q is None:
+            columns, values = nearest(scores, k)
+            hits = hits.and_more(np.repeat(np.arange(rows), k), columns.ravel(), values.ravel())
+            limit_q = hits.limit(np.full(rows, -np.inf, np.float32))
+            continue
+        places = np.flatnonzero(scores >= limit_q[:, None])
+        row_h, column_h = np.divmod(places, len(part))
+        hits = hits.and_more(row_h, first + column_h, scores.ravel()[places])
+        if len(hits.value_h) > HELD * k * rows:
+            hits = hits.best()
+            limit_q = hits.limit(limit_q)
+    hits = hits.best()
+    if len(hits.value_h) < k * rows:  # a floor that not k scores reach after all
+        return nearest_among(unit_qd, vectors_nd, candidates, k, start)
+    return hits.column_h.reshape(rows, k), hits.value_h.reshape(rows, k)
+
+
+@dataclass(frozen=True)
+class Hits:
+    """Candidates that may be among the k nearest of a query.
+
+    Attributes
+    ----------
+    rows, k
+        Number of queries, and of neighbours wanted.
+    row_h, column_h, value_h
+        (h,) query, candidate and score of each; those of `best` by query, then highest score first.
+    """
+
+    rows: int
+    k: int
+    row_h: np.ndarray
+    column_h: np.ndarray
+    value_h: np.ndarray
+
+    @classmethod
+    def none(cls, rows: int, k: int) -> Self:
+        """Nothing found yet."""
+        return cls(rows, k, np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+
+    def and_more(self, row_h: np.ndarray, column_h: np.ndarray, value_h: np.ndarray) -> Hits:
+        """Add what another block has."""
+        pairs = ((self.row_h, row_h), (self.column_h, column_h), (self.value_h, value_h))
+        return Hits(self.rows, self.k, *(np.concatenate(pair) for pair in pairs))
+
+    def best(self) -> Hits:
+        """Keep the k highest scores of each query."""
+        order = np.argsort(4.0 * self.row_h - self.value_h)  # by query, then by score: cosines are at most 1
+        row_h = self.row_h[order]
+        kept = np.arange(len(row_h)) - np.searchsorted(row_h, np.arange(self.rows))[row_h] < self.k
+        return Hits(self.rows, self.k, row_h[kept], self.column_h[order][kept], self.value_h[order][kept])
+
+    def limit(self, limit_q: np.ndarray) -> np.ndarray:
+        """Return the score that a further candidate must reach; `best` hits only. Ties go to the earlier one."""
+        last = np.searchsorted(self.row_h, np.arange(self.rows), side="right") - 1
+        full = np.bincount(self.row_h, minlength=self.rows) == self.k
+        found = np.nextafter(self.value_h[last], np.float32(np.inf))
+        return np.where(full, np.maximum(found, limit_q), limit_q)
 
 
 def nearest_in_blocks(

@@ -113,11 +113,17 @@ def _batch_share(batch_mk: np.ndarray) -> np.ndarray:
     return share
 
 
-def blend(old: Operator, new: Operator, weight: float) -> Operator:
-    """Average two operators: the k heaviest of (1 - weight) old + weight new, rows sum to 1."""
+def blend(old: Operator, new: Operator, weight: float, folder: Path | None = None) -> Operator:
+    """Average two operators: the k heaviest of (1 - weight) old + weight new, rows sum to 1.
+
+    It is written to ``folder`` as memory maps; it is in memory if that is None.
+    """
     n, k = new.indices_nk.shape
-    indices = np.empty_like(new.indices_nk)
-    weights = np.empty((n, k), np.float32)
+    kinds = {"indices": cell_dtype(n), "weights": np.dtype(np.float32)}
+    if folder is None:
+        indices, weights = (np.empty((n, k), kind) for kind in kinds.values())
+    else:
+        indices, weights = (create_array(folder / f"blended-{name}.npy", (n, k), kind) for name, kind in kinds.items())
     for start, stop in row_blocks(n):
         numbers = np.hstack([old.indices_nk[start:stop], new.indices_nk[start:stop]])
         mass = np.hstack([(1 - weight) * old.weights_nk[start:stop], weight * new.weights_nk[start:stop]])
@@ -130,6 +136,7 @@ def blend(old: Operator, new: Operator, weight: float) -> Operator:
         chosen = np.take_along_axis(mass, top, axis=1)
         indices[start:stop] = np.take_along_axis(numbers, top, axis=1)
         weights[start:stop] = chosen / chosen.sum(axis=1, keepdims=True)
+        forget(indices, weights, old.indices_nk, old.weights_nk, new.indices_nk, new.weights_nk)
     return Operator(indices, weights)
 
 

@@ -5,23 +5,25 @@ Nothing is prepared or compiled, and a query changes nothing: what a cell gets d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from schelix_scale.errors import GraphError
-from schelix_scale.graph.build import INDEX
-from schelix_scale.graph.descent import GROUP_CELLS, MIN_CANDIDATES
+from schelix_scale.graph.descent import GROUP_CELLS
 from schelix_scale.graph.lists import CellIndex
-from schelix_scale.graph.nearest import nearest, nearest_in_blocks
+from schelix_scale.graph.nearest import nearest, nearest_among, nearest_in_blocks
+from schelix_scale.graph.scratch import INDEX
+from schelix_scale.graph.threads import one_thread_each
 from schelix_scale.graph.vectors import row_blocks, unit_rows
 from schelix_scale.scheduling import run_tasks
 
 EXACT_QUERIES, CHECKED_CELLS = 1_000, 64
 PROBES = 32  # lists that are searched for a cell
+TASK_GROUPS = 64  # groups of queries a task: each is too little work for one
 EXPAND = 10  # neighbours whose neighbours in the graph are looked at
 
 
@@ -79,8 +81,12 @@ class QueryIndex:
         """Whether queries are searched exactly."""
         return self.index is None
 
-    def query(self, features_md: np.ndarray, k: int, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    def query(
+        self, features_md: np.ndarray, k: int, threads: int = 1, probes: int = PROBES
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Find the k cells nearest to each of (m, d) features by cosine: row numbers and distances, nearest first.
+
+        ``probes`` lists are searched for a cell: more find more of the nearest, and take longer.
 
         Returns
         -------
@@ -105,16 +111,17 @@ class QueryIndex:
             rows[chosen] = nearest_in_blocks(unit[chosen], blocks, k)[0]
             return span[1] - span[0]
 
-        def in_lists(group: tuple[int, np.ndarray]) -> int:
-            chosen, queries = group
-            rows[queries] = self._search(chosen, unit[queries], k)
-            return len(queries)
+        def in_lists(groups: Sequence[tuple[int, np.ndarray]]) -> int:
+            for chosen, queries in groups:
+                rows[queries] = self._search(chosen, unit[queries], k, probes)
+            return len(groups)
 
-        with threadpool_limits(1):
+        with one_thread_each():
             if self.index is None:
                 run_tasks(exactly, list(row_blocks(len(unit), EXACT_QUERIES)), threads)
             elif len(unit):
-                run_tasks(in_lists, self._groups(unit), threads)
+                groups = self._groups(unit)
+                run_tasks(in_lists, [groups[a:b] for a, b in row_blocks(len(groups), TASK_GROUPS)], threads)
         return self._ranked(unit, rows)
 
     def _groups(self, unit_md: np.ndarray) -> list[tuple[int, np.ndarray]]:
@@ -129,17 +136,12 @@ class QueryIndex:
             for start, stop in row_blocks(len(rows), GROUP_CELLS)
         ]
 
-    def _search(self, chosen: int, unit_qd: np.ndarray, k: int) -> np.ndarray:
+    def _search(self, chosen: int, unit_qd: np.ndarray, k: int, probes: int) -> np.ndarray:
         """Search the lists near one, then the neighbours in the graph of what was found."""
         index = self.index
         assert index is not None
-        near = index.lists.near(chosen)
-        held = np.cumsum(index.starts[near + 1] - index.starts[near])
-        enough = int(np.searchsorted(held, max(4 * k, MIN_CANDIDATES))) + 1
-        candidates = index.members(near[: max(PROBES, enough)])
-        if len(candidates) < k:
-            candidates = np.arange(index.n_cells)
-        columns, _ = nearest(unit_qd @ index.vectors_nd[candidates].T, k)
+        candidates = index.around(chosen, probes, k)
+        columns, _ = nearest_among(unit_qd, index.vectors_nd, candidates, k)
         found = candidates[columns]
         around = self.position_n[self.indices_nk[index.cells[found[:, :EXPAND]]]].reshape(len(found), -1)
         wider = np.sort(np.hstack([found, around]), axis=1)

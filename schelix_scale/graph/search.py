@@ -1,7 +1,8 @@
 """The neighbour search in a process of its own, whose libraries compile while the parent does other work.
 
 pynndescent compiles for about half a minute in each new process. The process that is started here does that at once
-and then waits for features; what the search holds goes back to the system when it ends.
+and then waits for features; what the search holds goes back to the system when it ends. What it writes to standard
+output and error is kept for the case that it fails: that a task is done is said by a file.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +28,9 @@ from schelix_scale.errors import GraphError
 from schelix_scale.graph.knn import Neighbors, approximate_neighbors, compile_search
 from schelix_scale.graph.vectors import unit_rows
 
-METHOD = "pynndescent"
+METHOD, ANSWER = "pynndescent", "done"
 PR_SET_PDEATHSIG = 1
+POLL_SECONDS, END_SECONDS = 0.05, 5.0
 
 
 class SearchProcess:
@@ -48,13 +51,15 @@ class SearchProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "schelix_scale.graph.search", str(k), str(dims), str(threads)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=self._log,
             stderr=self._log,
             text=True,
             process_group=0,  # Ctrl-C goes to the parent alone, which ends this process
         )
 
-    def find(self, features: Path, seed: int, scratch: Path, rows: np.ndarray | None = None) -> Neighbors:
+    def find(
+        self, features: Path, seed: int, scratch: Path, rows: np.ndarray | None = None, k: int | None = None
+    ) -> Neighbors:
         """Find the neighbours of features in a file, as `graph.knn.find_neighbors` does with the method pynndescent.
 
         Parameters
@@ -67,31 +72,38 @@ class SearchProcess:
             A directory for the result while it is handed over.
         rows
             The rows among which neighbours are searched, numbered as they stand there; all by default.
+        k
+            Another number of neighbours than the process was started for.
 
         Raises
         ------
         GraphError
             The process failed; the message has the end of what it wrote.
         """
-        stdin, stdout = self._process.stdin, self._process.stdout
+        stdin = self._process.stdin
         assert stdin is not None
-        assert stdout is not None
         with tempfile.TemporaryDirectory(prefix="search-", suffix=".partial", dir=scratch) as folder:
-            task = {"features": str(features), "seed": seed, "out": folder, "rows": rows is not None}
+            task = {"features": str(features), "seed": seed, "out": folder, "rows": rows is not None, "k": k}
             if rows is not None:
                 np.save(Path(folder) / "rows.npy", rows)
             try:
                 print(json.dumps(task), file=stdin, flush=True)
-                answer = stdout.readline()
             except BrokenPipeError:
-                answer = ""
-            if answer.strip() != "done":
-                self._process.wait()
-                raise GraphError(f"the neighbour search failed: {self._complaint()}")
+                raise GraphError(f"the neighbour search failed: {self._complaint()}") from None
+            while not (Path(folder) / ANSWER).exists():
+                if self._process.poll() is not None and not (Path(folder) / ANSWER).exists():
+                    raise GraphError(f"the neighbour search failed: {self._complaint()}")
+                time.sleep(POLL_SECONDS)
             indices, distances = (np.load(Path(folder) / f"{name}.npy") for name in ("indices", "distances"))
         return Neighbors(indices, distances, METHOD)
 
     def _complaint(self) -> str:
+        with suppress(subprocess.TimeoutExpired):  # of a process that reads no more, and yet goes on
+            self._process.wait(END_SECONDS)
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+            return "its process did not answer."
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
         code = self._process.returncode
@@ -109,7 +121,7 @@ class SearchProcess:
         """End the process, whatever it is doing."""
         self._process.kill()
         self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._log):
+        for stream in (self._process.stdin, self._log):
             if stream is not None:
                 with suppress(BrokenPipeError):  # of a task that it never read
                     stream.close()
@@ -132,12 +144,12 @@ def main(arguments: list[str]) -> None:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
         compiling.join()
-        indices, distances = approximate_neighbors(unit, k, task["seed"], threads)
+        indices, distances = approximate_neighbors(unit, task["k"] or k, task["seed"], threads)
         for name, values in (("indices", indices), ("distances", distances)):
             np.save(Path(task["out"]) / f"{name}.npy", values)
         del unit, indices, distances
         release_memory()
-        print("done", flush=True)
+        (Path(task["out"]) / ANSWER).touch()
     os._exit(0)  # the thread that compiles cannot be stopped otherwise
 
 

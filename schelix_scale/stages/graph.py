@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from schelix_scale.context import Context
-from schelix_scale.publish import remove
 from schelix_scale.records import read_json, recorded_stages
 from schelix_scale.run import RunDirectory
 from schelix_scale.stages.features import FEATURES, VARIANT
@@ -30,22 +29,20 @@ def build_graph(context: Context, directory: RunDirectory) -> None:
     method = choose_method(len(context.batches.codes), config)
 
     def make(_: str) -> tuple[list[str], dict[str, Any]]:
-        from schelix_scale.graph.cache import BUILDING, operator_id
+        from schelix_scale.graph.cache import operator_id
         from schelix_scale.graph.shared import SharedOperators
 
         cache = open_cache(context, directory)
-        name = operator_id(inputs | {"content": _content(context, directory, cache)}, method)
+        found_by = cache.circumstances(cache.features["anchor"].shape, context.threads)
+        name = operator_id(inputs | found_by | {"content": _content(context, directory, cache)}, method)
         paths = [directory.path / path for path in cache.artifacts(name)]
+        cache.discard_others(name)
 
         def build() -> None:
-            for other in (directory.path / "graph").glob(f"*{BUILDING}"):
-                if other.name != f"{name}{BUILDING}":
-                    remove(other)
             neighbors, audit = cache.find(
                 cache.features["anchor"], context.config.seed, context.threads, name, reporter, context.search
             )
-            low, high = f"{audit.low:.3f}", f"{audit.high:.3f}"
-            reporter.say(f"neighbour recall {audit.recall:.3f} (95 % CI {low}-{high}, {audit.cells} cells)")
+            reporter.say(f"neighbour recall {audit}")
             operator = cache.operator(neighbors)
             with reporter.stage("diffusion", cache.work) as progress:
                 cache.publish(name, operator, audit, progress.advance, context.threads)
@@ -55,7 +52,9 @@ def build_graph(context: Context, directory: RunDirectory) -> None:
         else:
             shared = SharedOperators(Path(context.config.graph.cache_dir).expanduser())
             with shared.claimed(name, reporter):
-                if not shared.fetch(name, paths, reporter):
+                if shared.fetch(name, paths, reporter):
+                    cache.discard(name)
+                else:
                     build()
                     shared.keep(name, paths)
         return cache.artifacts(name), {"operator_id": name, "audit": read_json(paths[0] / "audit.json")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from schelix_scale.graph.cache import OperatorCache, operator_id
 from schelix_scale.graph.descent import start_from
 from schelix_scale.graph.knn import choose_method
 from schelix_scale.graph.operator import blend, jaccard
+from schelix_scale.graph.scratch import content_hash
 from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.model.streams import DualStream, Latent
 from schelix_scale.progress import Reporter
@@ -77,17 +77,28 @@ class Refresh:
         """Return the features to train on next: a new version, or ``features`` if the graph would hardly change."""
         if not self.config.refresh:
             return features
+        with self.cache.scratch((features.n_cells, features.anchor_nta.shape[2])) as latent:
+            self._encode_anchors(features, model, latent)
+            return self._rebuilt(features, latent)
+
+    def _rebuilt(self, features: CachedFeatures, latent: np.ndarray) -> CachedFeatures:
         method = choose_method(features.n_cells, self.cache.config)
-        inputs: dict[str, Any] = {"parent": features.operator_id, "training": self.fingerprint}
-        if method == "pynndescent":
-            inputs["threads"] = self.threads
-        name = operator_id(inputs, method)
+        name = operator_id(
+            {
+                "parent": features.operator_id,  # with it, the phase
+                "latent": content_hash(latent),
+                "training": self.fingerprint,
+                "seed": self.seed,
+                **self.cache.circumstances(latent.shape, self.threads),
+            },
+            method,
+        )
         if self.cache.has(name):
             return open_features(self.cache, name)
         self.reporter.say("refresh: neighbours of the current Anchor latents")
         start = start_from(features.operator.indices_nk) if method == "ivf" else None
-        latent = self._anchor_latent(features, model)
         neighbors, audit = self.cache.find(latent, self.seed, self.threads, name, self.reporter, start=start)
+        self.reporter.say(f"neighbour recall {audit}")
         fresh = self.cache.operator(neighbors)
         rng = np.random.default_rng([self.seed, 0x1ACC])
         sample = rng.choice(features.n_cells, min(JACCARD_CELLS, features.n_cells), replace=False)
@@ -99,15 +110,13 @@ class Refresh:
         self.reporter.say(
             f"graph refreshed as {name}: neighbours of the current Anchor latents overlap by {overlap:.2f}"
         )
-        blended = blend(features.operator, fresh, self.config.refresh_blend)
+        blended = blend(features.operator, fresh, self.config.refresh_blend, self.cache.folder(name))
         audit = replace(audit, method=f"{audit.method}, before it was blended with {features.operator_id}")
         with self.reporter.stage("refresh: diffusion", self.cache.work) as progress:
             self.cache.publish(name, blended, audit, progress.advance, self.threads)
         return open_features(self.cache, name)
 
-    def _anchor_latent(self, features: CachedFeatures, model: DualStream) -> np.ndarray:
+    def _encode_anchors(self, features: CachedFeatures, model: DualStream, latent: np.ndarray) -> None:
         model.eval()
-        latent = np.empty((features.n_cells, features.anchor_nta.shape[2]), np.float32)
         for start, stop in row_blocks(features.n_cells, ENCODE_CELLS):
             latent[start:stop] = encode(model, features, start, stop, self.device, self.expression).anchor.numpy()
-        return latent

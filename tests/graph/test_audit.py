@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from sklearn.neighbors import NearestNeighbors
 
 from schelix_scale.errors import GraphError
-from schelix_scale.graph.audit import Audit, audit_recall, require_recall
+from schelix_scale.graph import audit as module
+from schelix_scale.graph.audit import Audit, audit_recall, recall_interval, require_recall
 from schelix_scale.graph.knn import Neighbors, find_neighbors
 from tests.synthetic import gaussian_cells
 
@@ -42,9 +44,8 @@ def test_recall_of_a_degraded_graph(share: float) -> None:
     expected = true_recall(z_nd, neighbors)
     assert audit.recall == pytest.approx(expected.mean(), abs=1e-9)
     assert expected.mean() == pytest.approx(1 - share, abs=0.03)
-    half = 1.96 * expected.std() / np.sqrt(N)
-    assert audit.low == pytest.approx(expected.mean() - half, abs=1e-9)
-    assert audit.high == pytest.approx(min(1, expected.mean() + half), abs=1e-9)
+    assert audit.low <= expected.mean() <= audit.high
+    assert (audit.low, audit.high) == recall_interval(np.round(expected * K), K)
     assert (audit.cells, audit.k, audit.method) == (N, K, "pynndescent")
 
 
@@ -52,12 +53,17 @@ def test_a_sample_is_near_the_whole() -> None:
     z_nd, neighbors = degraded(0.3)
     whole = true_recall(z_nd, neighbors).mean()
     covered = 0
-    for seed in range(20):
+    for seed in range(40):
         audit = audit_recall(z_nd, neighbors, 60, seed)
         assert audit.cells == 60
         covered += audit.low <= whole <= audit.high
-    assert covered >= 16
+    assert covered >= 36
     assert audit_recall(z_nd, neighbors, 60, 3) == audit_recall(z_nd, neighbors, 60, 3)
+
+
+def test_a_cell_that_is_alone_lacks_no_neighbours() -> None:
+    nobody = Neighbors(np.empty((1, 0), np.int32), np.empty((1, 0), np.float32), "exact")
+    assert audit_recall(np.ones((1, 4), np.float32), nobody, 50, 0).recall == 1
 
 
 def test_more_cells_asked_than_there_are() -> None:
@@ -87,10 +93,56 @@ def test_a_cell_itself_and_repeats_do_not_count() -> None:
     assert found.recall == pytest.approx((K - 2) / K, abs=1e-9)
 
 
+def test_cells_are_audited_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory does not grow with the cells that are asked for, and the figures are the same."""
+    z_nd, neighbors = degraded(0.2)
+    whole = audit_recall(z_nd, neighbors, 300, 0)
+    monkeypatch.setattr(module, "AUDIT_BLOCK", 70)
+    assert audit_recall(z_nd, neighbors, 300, 0) == whole
+
+
+def losses(kind: str, recall: float, cells: int, k: int, rng: np.random.Generator) -> np.ndarray:
+    """Neighbours found of k: lost one by one, more in some cells than in others, or all of a cell."""
+    if kind == "one by one":
+        return rng.binomial(k, recall, cells)
+    if kind == "uneven":
+        return rng.binomial(k, rng.beta(recall * 3, (1 - recall) * 3, cells))
+    return k * rng.binomial(1, recall, cells)
+
+
+@pytest.mark.parametrize("kind", ["one by one", "uneven", "all of a cell"])
+@pytest.mark.parametrize("recall", [0.8, 0.95, 0.98])
+def test_the_interval_covers_what_it_should(kind: str, recall: float) -> None:
+    """95 % of samples; the neighbours of a cell are not independent. A normal interval of them covers 20 to 90 %."""
+    rng = np.random.default_rng(0)
+    found = [recall_interval(losses(kind, recall, 200, 30, rng), 30) for _ in range(600)]
+    assert np.mean([low <= recall <= high for low, high in found]) >= 0.925
+    assert np.mean([high - low for low, high in found]) < 5 * np.sqrt(recall * (1 - recall) / 200)
+
+
+def test_the_interval_of_all_or_none_is_that_of_cells() -> None:
+    """Wilson's, as SciPy has it; it has a width where all were found."""
+    low, high = recall_interval(np.full(200, 30), 30)
+    expected = binomtest(200, 200).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert low < 0.99
+    low, high = recall_interval(30 * (np.arange(2_000) >= 200), 30)
+    expected = binomtest(1_800, 2_000).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-4)
+
+
+def test_the_interval_of_nothing_found() -> None:
+    low, high = recall_interval(np.zeros(50, int), 10)
+    assert low == 0
+    assert 0 < high < 0.1
+
+
 def test_require_recall() -> None:
     audit = Audit(0.934, 0.92, 0.95, 500, 30, "pynndescent")
     require_recall(audit, 0.934)
-    with pytest.raises(GraphError, match=r"found 0\.934 of the exact .* of 500 sampled cells; .* asks for 0\.95"):
+    with pytest.raises(
+        GraphError, match=r"found 0\.934 of the exact .* 500 sampled cells; .*0\.920-0\.950, .* asks for 0\.95"
+    ):
         require_recall(audit, 0.95)
 
 

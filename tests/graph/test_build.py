@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,22 @@ from sklearn.neighbors import NearestNeighbors
 
 from schelix_scale.config import GraphConfig
 from schelix_scale.errors import ConfigError, GraphError
-from schelix_scale.graph import build, descent
-from schelix_scale.graph.build import build_neighbors
-from schelix_scale.graph.descent import Expand, FoundFiles, start_from
+from schelix_scale.graph import build, descent, found, lists
+from schelix_scale.graph.build import TASK_BYTES, build_neighbors, circumstances, tasks_at_once
+from schelix_scale.graph.descent import Expand, Probe, descend, start_from
+from schelix_scale.graph.found import FoundFiles
 from schelix_scale.graph.knn import Neighbors
 from schelix_scale.graph.lists import CellIndex
-from schelix_scale.graph.partitions import merge, partitions, room_for
+from schelix_scale.graph.partitions import (
+    OVERLAPS,
+    Breadth,
+    Partition,
+    SearchPartition,
+    breadths,
+    merge,
+    partitions,
+    room_for,
+)
 from schelix_scale.graph.vectors import cell_dtype
 from schelix_scale.progress import QuietReporter
 from tests.synthetic import gaussian_cells
@@ -64,16 +75,20 @@ def test_ivf_finds_nearly_all_and_knows_it(
     assert audit.method == found.method == "ivf"
     assert found.indices_nk.dtype == np.int32
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "distances.npy", "index", "index.json", "indices.npy", "neighbours.json",
+        "distances.npy", "index", "index.json", "indices.npy", "neighbours.json", "search.json",
     ]  # fmt: skip
 
 
 def test_neither_threads_nor_an_interruption_matter(
     features_nd: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a few lists at the start, so that rounds are needed; the first search stops in the middle of the second."""
+    """With a few lists at the start, so that rounds are needed; the first search stops in the middle of the second.
+
+    Some of its cells are searched by then, and are searched again.
+    """
     monkeypatch.setattr(build, "PROBES", 2)
-    monkeypatch.setattr(descent, "MIN_CANDIDATES", 2 * K)
+    monkeypatch.setattr(found, "SPANS_A_TASK", 1)
+    monkeypatch.setattr(lists, "MIN_CANDIDATES", 2 * K)
     one, _ = build_neighbors(features_nd, tmp_path / "one", IVF, 0, 1, LOTS)
     two, _ = build_neighbors(features_nd, tmp_path / "two", IVF, 0, 2, LOTS)
     np.testing.assert_array_equal(one.indices_nk, two.indices_nk)
@@ -83,9 +98,10 @@ def test_neither_threads_nor_an_interruption_matter(
 
     def interrupted(self: Expand, span: tuple[int, int]) -> int:
         calls.append(self.number)
-        if self.number == 2:
+        done = original(self, span)
+        if calls.count(2) == 1:
             raise KeyboardInterrupt
-        return original(self, span)
+        return done
 
     original = Expand.__call__
     monkeypatch.setattr(Expand, "__call__", interrupted)
@@ -97,6 +113,71 @@ def test_neither_threads_nor_an_interruption_matter(
     three, _ = build_neighbors(features_nd, tmp_path / "three", IVF, 0, 1, LOTS, reporter)
     assert any("goes on after round 1" in message for message in reporter.messages)
     np.testing.assert_array_equal(one.indices_nk, three.indices_nk)
+    np.testing.assert_array_equal(one.distances_nk, three.distances_nk)
+
+
+@pytest.mark.parametrize(("enough", "least_gain"), [(0.0, 0.0), (2.0, 2.0)], ids=["slow gain", "nothing left to widen"])
+def test_a_search_that_ended_stays_ended(
+    features_nd: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enough: float, least_gain: float
+) -> None:
+    """Killed before its result was written, it is not searched any further when it goes on."""
+    monkeypatch.setattr(descent, "SLOW_GAIN", 2.0)
+    monkeypatch.setattr(descent, "LEAST_GAIN", least_gain)
+    monkeypatch.setattr(descent, "EXPAND", K)
+    index = CellIndex.build(features_nd, tmp_path / "index", 0, 2)
+    files, number = descend(index, K, tmp_path / "found", 0, 1.1, enough, 2, QuietReporter(), probes=2)
+    assert number == 1
+    before = np.array(files.neighbours(1)), np.array(files.scores(1))
+    monkeypatch.delattr(Expand, "__call__")
+    files, number = descend(index, K, tmp_path / "found", 0, 1.1, enough, 2, QuietReporter(), probes=2)
+    assert number == 1
+    for got, expected in zip((files.neighbours(1), files.scores(1)), before, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_what_a_state_vouches_for_is_on_disk_before_it(
+    features_nd: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    build_neighbors(features_nd, tmp_path, IVF, 0, 1, LOTS)
+    vouching = {
+        "index.partial.json": {"vectors.npy", "centroids.npy", "groups.npy", "starts.npy", "cells.npy", "index"},
+        "state.partial.json": {"neighbours-0.bin", "scores-0.bin", "fresh-0.bin"},
+        "neighbours.partial.json": {"indices.npy", "distances.npy"},
+    }
+    for state, files in vouching.items():
+        assert files <= set(synced[: synced.index(state)]), state
+
+
+def test_a_folder_is_that_of_one_search(features_nd: np.ndarray, tmp_path: Path) -> None:
+    """Of other features, or another seed, whether it was finished or not: it starts anew; other files stay."""
+    (tmp_path / "kept.txt").write_text("")
+    build_neighbors(features_nd, tmp_path, IVF, 0, 2, LOTS)
+    others = np.roll(features_nd, 1, axis=0)
+    found, audit = build_neighbors(others, tmp_path, IVF, 0, 2, LOTS)
+    assert audit.recall >= 0.95
+    fresh, _ = build_neighbors(others, tmp_path / "fresh", IVF, 0, 2, LOTS)
+    np.testing.assert_array_equal(found.indices_nk, fresh.indices_nk)
+    (tmp_path / "neighbours.json").unlink()
+    index = (tmp_path / "index.json").stat().st_mtime_ns
+    build_neighbors(others, tmp_path, IVF, 0, 2, LOTS)
+    assert (tmp_path / "index.json").stat().st_mtime_ns == index, "the same search goes on"
+    build_neighbors(others, tmp_path, IVF, 1, 2, LOTS)
+    assert (tmp_path / "index.json").stat().st_mtime_ns != index
+    assert (tmp_path / "kept.txt").exists()
+
+
+def test_tasks_at_once_fit_into_the_budget() -> None:
+    assert tasks_at_once(8, LOTS) == 8
+    assert tasks_at_once(8, 2 * 3 * TASK_BYTES) == 3
+    assert tasks_at_once(8, 1) == 1
 
 
 def test_neighbours_of_neighbours_repair_a_poor_start(
@@ -119,7 +200,7 @@ def test_a_low_recall_makes_the_search_go_wider(
 ) -> None:
     monkeypatch.setattr(build, "PROBES", 1)
     monkeypatch.setattr(build, "MORE_PROBES", 100)
-    monkeypatch.setattr(descent, "MIN_CANDIDATES", 2 * K)
+    monkeypatch.setattr(lists, "MIN_CANDIDATES", 2 * K)
     monkeypatch.setattr(descent, "MAX_ROUNDS", 0)
     reporter = QuietReporter()
     _, audit = build_neighbors(features_nd, tmp_path / "wider", IVF, 0, 2, LOTS, reporter)
@@ -153,14 +234,63 @@ def test_partitions_overlap_and_lose_no_cell(features_nd: np.ndarray, tmp_path: 
     assert sum(map(len, found)) > 1.05 * N
     with pytest.raises(ConfigError, match=r"room for partitions of 5,000 cells.*--max-memory.*ivf"):
         partitions(index, 5_000)
+    tight = GraphConfig(method="pynndescent")
+    with pytest.raises(ConfigError, match=r"room for partitions of 0 cells.*--max-memory.*ivf"):
+        build_neighbors(features_nd, tmp_path / "none", tight, 0, 1, 10**6)
+    assert not (tmp_path / "none").exists(), "before anything is computed"
 
 
-def _small_partitions(index: CellIndex, room: int) -> list[np.ndarray]:
+def _small_partitions(index: CellIndex, room: int, overlap: int = OVERLAPS[0]) -> list[np.ndarray]:
     from schelix_scale.graph import partitions as module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "LEAST_CELLS", 100)
-        return [part.positions for part in module.partitions(index, room)]
+        return [part.positions for part in module.partitions(index, room, overlap, K)]
+
+
+def test_a_list_larger_than_a_partition_is_split(features_nd: np.ndarray, tmp_path: Path) -> None:
+    """Half the cells are the same one; they are in a single list."""
+    features_nd = features_nd.copy()
+    features_nd[: N // 2] = features_nd[0]
+    index = CellIndex.build(features_nd, tmp_path, 0, 2, list_cells=20)
+    assert np.diff(index.starts).max() >= N // 2
+    for overlap in (1, 3, 9):
+        found = _small_partitions(index, 1_000, overlap)
+        assert max(map(len, found)) <= 1_000
+        assert min(map(len, found)) > 2 * K
+        np.testing.assert_array_equal(np.unique(np.concatenate(found)), np.arange(N))
+        assert all(len(np.unique(part)) == len(part) for part in found)
+
+
+def test_a_repeated_search_is_wider(features_nd: np.ndarray, tmp_path: Path) -> None:
+    """More lists around each list, more neighbours; what budgets change is known, and they all have room for few."""
+    index = CellIndex.build(features_nd, tmp_path, 0, 2, list_cells=20)
+    narrow, wide = (sum(map(len, _small_partitions(index, 2_500, overlap))) for overlap in OVERLAPS)
+    assert wide > 1.2 * narrow
+    first, second = breadths(10**9, 10**6, 30, 30)
+    assert (first.neighbours, second.neighbours) == (30, 60)
+    assert second.overlap > first.overlap
+    assert 10_000 < second.room < first.room < 10**6
+    tight, again = breadths(400_000_000 + 12_000 * 1_600, 10**6, 30, 30)
+    assert (again.neighbours, again.room) == (30, tight.room), "no room for more neighbours"
+    config = GraphConfig(method="pynndescent")
+    known = [circumstances((10**6, 30), config, 2, budget) for budget in (10**9, 2 * 10**9, 10**11, 10**12)]
+    assert known[0] != known[1] != known[2] == known[3]
+    assert known[0] != circumstances((10**6, 30), config, 3, 10**9)
+    assert circumstances((10**6, 30), IVF, 2, 10**9) == {}
+
+
+def test_row_numbers_of_partitions_may_be_large(tmp_path: Path) -> None:
+    positions = np.arange(50) * 3 + 2**40
+    task = SearchPartition(tmp_path, tmp_path, 4, 6, 0, 1)
+    columns = np.random.default_rng(0).integers(0, 50, (50, 6))
+    part = Partition(0, positions)
+    assert not task.done(part)
+    task.write(part, columns, np.zeros((50, 6), np.float32))
+    assert task.done(part)
+    assert not task.done(Partition(0, positions + 1))
+    with np.load(task.path(part)) as found:
+        np.testing.assert_array_equal(found["positions"], columns[:, :4] * 3 + 2**40)
 
 
 def test_room_grows_with_the_budget() -> None:
@@ -198,15 +328,19 @@ def test_numbers_of_more_cells_are_wider() -> None:
 def test_pynndescent_in_partitions(
     features_nd: np.ndarray, exact: tuple[np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In partitions that overlap, and in one; interrupted after some partitions, the others alone are searched."""
+    """In partitions that hardly overlap, and in wider ones as too little was found; by nothing else."""
     from schelix_scale.graph import partitions as module
 
     config, features_nd = IVF.model_copy(update={"method": "pynndescent"}), features_nd.copy()
     features_nd[5] = features_nd[6] + 0.01  # pynndescent puts a cell at the origin halfway between all others
     monkeypatch.setattr(module, "LEAST_CELLS", 100)
-    monkeypatch.setattr(build, "room_for", lambda *_: 2_500)
-    found, audit = build_neighbors(features_nd, tmp_path / "parts", config, 0, 2, LOTS)
+    monkeypatch.setattr(build, "breadths", lambda *_: [Breadth(K, 1, 800), Breadth(2 * K, 9, 2_500)])
+    monkeypatch.setattr(descent, "MAX_ROUNDS", 0)
+    monkeypatch.delattr(Probe, "__call__")  # what is called pynndescent was found by it
+    reporter = QuietReporter()
+    found, audit = build_neighbors(features_nd, tmp_path / "wider", config, 0, 2, LOTS, reporter)
+    assert any("repeated more widely" in message for message in reporter.messages)
     share = recall(found, features_nd, exact)
     assert share >= 0.95
-    assert audit.low - 0.002 <= share <= audit.high + 0.002
     assert audit.method == "pynndescent"
+    assert audit.low - 0.002 <= share <= audit.high + 0.002

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
-from schelix_scale.graph.nearest import distinct, nearest, nearest_in_blocks
+from schelix_scale.graph import nearest as module
+from schelix_scale.graph.build import TASK_BYTES
+from schelix_scale.graph.nearest import distinct, nearest, nearest_among, nearest_in_blocks
 from schelix_scale.graph.vectors import row_blocks, unit_rows
 from tests.synthetic import gaussian_cells
 
@@ -62,6 +66,35 @@ def test_row_numbers_of_any_size(offset: int) -> None:
     found, _ = nearest_in_blocks(unit[:5], [(offset, unit[:30]), (offset + 30, unit[30:])], 4)
     exact = np.argsort(-(unit[:5] @ unit.T), axis=1)[:, :4]
     np.testing.assert_array_equal(found, exact + offset)
+
+
+@pytest.mark.parametrize("block", [20, 37, 1_000])
+@pytest.mark.parametrize("floor", [True, False])
+def test_nearest_candidates(block: int, floor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In blocks, among candidates in any order, some of which are the queries themselves."""
+    monkeypatch.setattr(module, "BLOCK_CANDIDATES", block)
+    unit = unit_rows(gaussian_cells(n=400)[0])
+    candidates = np.random.default_rng(0).permutation(400)[:150]
+    scores = unit[50:90].astype(np.float64) @ unit[candidates].astype(np.float64).T
+    scores[candidates[None, :] == np.arange(50, 90)[:, None]] = -np.inf
+    expected = np.argsort(-scores, axis=1)[:, :6]
+    least = np.take_along_axis(scores, expected, axis=1)[:, -1].astype(np.float32) - 1e-6 if floor else None
+    columns, values = nearest_among(unit[50:90], unit, candidates, 6, 50, least)
+    assert all(len(set(row)) == 6 for row in columns.tolist())
+    for found in (values, np.take_along_axis(scores, columns, axis=1)):
+        np.testing.assert_allclose(found, np.take_along_axis(scores, expected, axis=1), atol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_candidates() -> None:
+    """Not even where all candidates are equal, so that all their scores are ties."""
+    vectors = np.tile(unit_rows(gaussian_cells(n=1)[0]), (100_000, 1))
+    tracemalloc.start()
+    columns, values = nearest_among(vectors[:256], vectors, np.arange(100_000), 30, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < TASK_BYTES
+    assert all(len(set(row)) == 30 for row in columns.tolist())
+    np.testing.assert_allclose(values, 1, atol=1e-6)
 
 
 def test_distinct() -> None:

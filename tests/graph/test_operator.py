@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -139,6 +141,14 @@ def test_blend_is_the_heaviest_of_the_average(weight: float) -> None:
     assert found.indices_nk.shape == found.weights_nk.shape == (n, k)
     assert all(len(set(row)) == k for row in found.indices_nk.tolist())
     assert found.weights_nk.dtype == np.float32
+
+
+def test_blend_on_disk(tmp_path: Path) -> None:
+    old, new = random_operator(40, 6, 3), random_operator(40, 6, 4)
+    here, there = blend(old, new, 0.3), blend(old, new, 0.3, tmp_path)
+    assert all(isinstance(values, np.memmap) for values in (there.indices_nk, there.weights_nk))
+    np.testing.assert_array_equal(there.indices_nk, here.indices_nk)
+    np.testing.assert_array_equal(there.weights_nk, here.weights_nk)
 
 
 def test_blend_with_itself_is_itself() -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, Event
 
 import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from schelix_scale.config import GraphConfig
 from schelix_scale.errors import GraphError
-from schelix_scale.graph.build import INDEX, build_neighbors
+from schelix_scale.graph.build import build_neighbors
 from schelix_scale.graph.query import QueryIndex
+from schelix_scale.graph.scratch import INDEX
+from schelix_scale.graph.threads import one_thread_each
 from tests.synthetic import gaussian_cells
 
 N, M, K, D = 5_000, 300, 12, 12
@@ -75,6 +80,58 @@ def test_threads_get_their_own_answers(reference: QueryIndex, cells: tuple[np.nd
         found = list(pool.map(lambda part: reference.query(cells[1][part], K)[0], parts * 3))
     for one, other in zip(found, expected * 3, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def blas_threads() -> set[int]:
+    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """Libraries that use three threads, as a thread that has ended has set them: any other one may change that."""
+    before = max(blas_threads())
+    for number in (3, before):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(threadpool_limits, number, "blas").result()
+        if number == 3:
+            yield
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_queries_that_overlap_leave_the_threads_as_they_were() -> None:
+    """The first one to come is the first one to go."""
+    first_in, both_in, first_gone = Event(), Barrier(2), Event()
+
+    def first() -> set[int]:
+        with one_thread_each():
+            first_in.set()
+            both_in.wait(10)
+            found = blas_threads()
+        first_gone.set()
+        return found
+
+    def last() -> None:
+        assert first_in.wait(10)
+        with one_thread_each():
+            both_in.wait(10)
+            assert first_gone.wait(10)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(first), pool.submit(last)]
+    assert [future.result() for future in found] == [{1}, None]
+    assert blas_threads() == {3}
+    with pytest.raises(RuntimeError, match="fails"), one_thread_each():
+        raise RuntimeError("fails")
+    assert blas_threads() == {3}
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_queries_from_many_threads_leave_the_threads_as_they_were(
+    reference: QueryIndex, cells: tuple[np.ndarray, np.ndarray]
+) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(lambda i: reference.query(cells[1][i : i + 9], K), range(0, 90, 3)))
+    assert blas_threads() == {3}
 
 
 def test_what_cannot_be_asked(reference: QueryIndex, cells: tuple[np.ndarray, np.ndarray], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -27,14 +28,24 @@ def features(tmp_path: Path) -> np.memmap:
     return loaded
 
 
+@pytest.fixture
+def talkative(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python process that is started says something, more than a pipe holds."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text("print('a warning of a library\\n' * 10_000, flush=True)\n")
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("talkative")
 def test_same_neighbors_as_in_this_process(features: np.memmap, tmp_path: Path) -> None:
     with SearchProcess(10, 2, 2) as search:  # compiled for features of other dimensions: they do not matter
         found = search.find(Path(str(features.filename)), 3, tmp_path)
         rows = np.arange(0, 1_500, 2)
         of_half = search.find(Path(str(features.filename)), 3, tmp_path, rows)
-    for one, chosen in ((found, features), (of_half, features[rows])):
-        here = find_neighbors(np.asarray(chosen), 10, "pynndescent", 3, 2)
+        fewer = search.find(Path(str(features.filename)), 3, tmp_path, k=6)
+    for one, chosen, k in ((found, features, 10), (of_half, features[rows], 10), (fewer, features, 6)):
+        here = find_neighbors(np.asarray(chosen), k, "pynndescent", 3, 2)
         np.testing.assert_array_equal(one.indices_nk, here.indices_nk)
         np.testing.assert_array_equal(one.distances_nk, here.distances_nk)
         assert one.method == here.method
@@ -45,6 +56,22 @@ def test_a_search_that_fails_says_why(features: np.memmap, tmp_path: Path) -> No
     Path(str(features.filename)).write_bytes(b"no array")
     with SearchProcess(10, 5, 1) as search, pytest.raises(GraphError, match=r"ended with status 1\. It said: .*Error"):
         search.find(Path(str(features.filename)), 0, tmp_path)
+
+
+@pytest.mark.usefixtures("talkative")
+def test_a_search_that_fails_among_other_output(features: np.memmap, tmp_path: Path) -> None:
+    Path(str(features.filename)).write_bytes(b"no array")
+    with SearchProcess(10, 5, 1) as search, pytest.raises(GraphError, match=r"ended with status 1\. It said: .*Error"):
+        search.find(Path(str(features.filename)), 0, tmp_path)
+
+
+def test_a_search_that_is_killed_at_work_says_so(features: np.memmap, tmp_path: Path) -> None:
+    with SearchProcess(10, 5, 1) as search:
+        killer = threading.Timer(0.5, search._process.kill)
+        killer.start()
+        with pytest.raises(GraphError, match="killed by signal 9"):
+            search.find(Path(str(features.filename)), 0, tmp_path)
+    assert not list(tmp_path.glob("search-*"))
 
 
 def test_a_search_that_is_killed_says_so(features: np.memmap, tmp_path: Path) -> None:

@@ -69,6 +69,20 @@ def test_new_version_is_blended_and_diffused(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.anchor_nta, found.anchor_nta)
 
 
+def test_another_latent_is_another_version(tmp_path: Path) -> None:
+    """Of the same training and parent; a search that was interrupted with one latent does not answer for another."""
+    cache, first = cache_in(tmp_path)
+    model = shuffling(first)
+    one = refresh_of(cache)(first, model)
+    with torch.no_grad():
+        model.anchor_encoder[-1].weight.mul_(-1)
+    two = refresh_of(cache)(first, model)
+    assert len({"first", one.operator_id, two.operator_id}) == 3
+    assert not np.array_equal(one.operator.indices_nk, two.operator.indices_nk)
+    assert refresh_of(cache)(first, model).operator_id == two.operator_id
+    assert {path.name for path in (tmp_path / "graph").iterdir()} == {"first", one.operator_id, two.operator_id}
+
+
 @pytest.mark.parametrize("changed", [{"refresh": False}, {"refresh_jaccard": 0.0}])
 def test_nothing_changes(tmp_path: Path, changed: dict[str, object]) -> None:
     """Switched off, or because any overlap of neighbours above 0 counts as the same graph."""
