@@ -8,9 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from _sections import marks, save_rows, write_section
+
 Row = dict[str, Any]
 KEY = ("what", "cells", "dims", "k", "data", "method", "search", "budget")
-BEGIN, END = "<!-- graph:begin -->", "<!-- graph:end -->"
+BEGIN, END = marks("graph")
 OURS, FLOOR = "schelix", "pynndescent"
 RECALL, MEMORY, TIME, GROWTH, DIFFUSION = 0.95, 1.5, 2.0, 6.0, 1.5
 
@@ -19,10 +21,7 @@ def save(path: Path, row: Row) -> list[Row]:
     """Put a row in the place of the one with the same key in a JSON file, keep the others, and return all."""
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     rows = [other for other in rows if any(other[name] != row[name] for name in KEY)] + [row]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    save_rows(path, rows)
     return rows
 
 
@@ -44,14 +43,7 @@ def update_readme(readme: Path, rows: Sequence[Row]) -> None:
     ValueError
         The marks are not there once each, in this order.
     """
-    text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(f"{BEGIN}\n")
-    _, end, after = rest.partition(END)
-    if not (begin and end) or text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme} needs the lines {BEGIN} and {END} once each, in this order; put them back.")
-    partial = readme.with_name(f"{readme.name}.partial")
-    partial.write_text(f"{before}{begin}{markdown(rows)}\n{END}{after}", encoding="utf-8")
-    partial.replace(readme)
+    write_section(readme, "graph", markdown(rows))
 
 
 def _size(row: Row) -> tuple[int, int, int, str]:

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _sections import marks, save_rows, write_section
+
 Row = dict[str, Any]
-BEGIN, END = "<!-- mapping:begin -->", "<!-- mapping:end -->"
+BEGIN, END = marks("mapping")
 COLUMNS = {
     "macro_f1": "macro-F1",
     "accuracy": "accuracy",
@@ -21,6 +23,15 @@ COLUMNS = {
     "map_seconds": "map s",
     "seconds": "all s",
     "peak_mb": "MB",
+}
+SPEED = {
+    "cells": 0,
+    "reference_cells": 0,
+    "seconds": 1,
+    "cpu_seconds": 1,
+    "cells_per_second": 0,
+    "cells_per_second_steady": 0,
+    "peak_mb": 0,
 }
 DIGITS = {"map_seconds": 1, "seconds": 1, "peak_mb": 0, "set_size": 2}
 
@@ -37,11 +48,7 @@ def write_rows(path: Path, new: Sequence[Row]) -> None:
         return tuple(row[key] for key in ("data", "by", "fold", "method", "seed"))
 
     fresh = {identity(row) for row in new}
-    rows = [row for row in read_rows(path) if identity(row) not in fresh] + list(new)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    save_rows(path, [*(row for row in read_rows(path) if identity(row) not in fresh), *new])
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -57,10 +64,21 @@ def table(rows: Sequence[Row]) -> str:
         if len(means) == len(sets) > 1:  # a method that was not run on all has no mean to compare
             cells = [_text(column, _mean([mean[column] for mean in means])) for column in COLUMNS]
             lines.append(_line(["**mean of the data sets**", method, "", *cells]))
-    return "\n".join(line for line in lines if line)
+    notes = [*_bounded(rows), *sorted({_measured(row) for row in rows if "machine" in row})]
+    return "\n".join([*(line for line in lines if line), *([""] if notes else []), *notes])
 
 
-def update_readme(readme: Path, rows: Sequence[Row]) -> None:
+def speed_table(rows: Sequence[Row]) -> str:
+    """Return what `_mapping_speed.py` has measured as Markdown."""
+    head = ["what", "cells", "onto", "seconds", "CPU s", "cells/s", "cells/s without what is done once", "peak MB", ""]
+    lines = [_line(head), "|---|" + "--:|" * 7 + "---|"]
+    for row in rows:
+        numbers = [_number(row.get(key), digits) for key, digits in SPEED.items()]
+        lines.append(_line([row["verb"], *numbers, row.get("note", "")]))
+    return "\n".join([*lines, "", *sorted({_measured(row) for row in rows})])
+
+
+def update_readme(readme: Path, rows: Sequence[Row], speed: Sequence[Row] = ()) -> None:
     """Replace what is between the two marks of the README.
 
     Raises
@@ -68,14 +86,36 @@ def update_readme(readme: Path, rows: Sequence[Row]) -> None:
     ValueError
         The marks are not there once each, in this order.
     """
-    text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(f"{BEGIN}\n")
-    _, end, after = rest.partition(END)
-    if not (begin and end) or text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme} needs the lines {BEGIN} and {END} once each, in this order; put them back.")
-    partial = readme.with_name(f"{readme.name}.partial")
-    partial.write_text(f"{before}{begin}{table(rows)}\n{END}{after}", encoding="utf-8")
-    partial.replace(readme)
+    parts = [table(rows), *(["### Speed", speed_table(speed)] if speed else [])]
+    write_section(readme, "mapping", "\n\n".join(parts))
+
+
+def _bounded(rows: Sequence[Row]) -> list[str]:
+    """Say what was not run whole: methods on fewer folds than others, and bounds of epochs."""
+    notes = []
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for method in methods:
+        own = [row for row in rows if row["method"] == method]
+        folds = {(row["data"], row["by"], row["fold"]) for row in own}
+        most = {(row["data"], row["by"], row["fold"]) for row in rows if row["data"] in {one["data"] for one in own}}
+        said = [f"{len(folds)} of {len(most)} folds"] if len(folds) < len(most) else []
+        epochs = sorted({row["epochs"] for row in own if row.get("epochs")}) if method == "scarches" else []
+        said += [f"at most {' or '.join(map(str, epochs))} epochs"] if epochs else []
+        notes += [f"- {method}: {', '.join(said)}"] if said else []
+    jobs = {row["jobs"] for row in rows if row.get("jobs", 1) > 1}
+    return [*notes, *[f"- seconds with {number} folds at once" for number in sorted(jobs)]]
+
+
+def _measured(row: Row) -> str:
+    machine, changed = row["machine"], " with uncommitted changes" if row["dirty"] else ""
+    return (
+        f"- {row['date'][:10]}, commit {(row['commit'] or 'unknown')[:10]}{changed}: {machine['cpu']}, "
+        f"{row['threads']} threads on {machine['cores']} cores, {machine['ram_gb']:.0f} GB, Python {machine['python']}"
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:,.{digits}f}"
 
 
 def _of(rows: Sequence[Row], data: str, by: str, method: str) -> list[Row]:

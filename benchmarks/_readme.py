@@ -12,8 +12,9 @@ from pathlib import Path
 from _methods import METHODS
 from _picture import draw
 from _report import COLUMNS, GUARDS, METRICS, Row, by_data, by_method, cell, summary
+from _sections import marks, write_section
 
-BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
+BEGIN, END = marks("quality")
 DEFAULT = "schelix"
 _GUARDS = {"isolated_labels": METRICS["isolated_labels"], **GUARDS}
 _NAMED = ("harmonypy", "scanorama", "scvi-tools", "concord-sc", "torch", "scib-metrics")
@@ -27,11 +28,6 @@ def update_readme(readme: Path, rows: Sequence[Row], split: Sequence[Row] = (), 
     ValueError
         The marks are not there once each, in this order.
     """
-    text = readme.read_text(encoding="utf-8")
-    before, begin, rest = text.partition(f"{BEGIN}\n")
-    _, end, after = rest.partition(END)
-    if not (begin and end) or text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme} needs the lines {BEGIN} and {END} once each, in this order; put them back.")
     full = [row for row in rows if "@" not in row["method"]]
     parts = [("Totals", totals(full))]
     if picture is not None and full:
@@ -44,9 +40,7 @@ def update_readme(readme: Path, rows: Sequence[Row], split: Sequence[Row] = (), 
     if split:
         parts.append(("Neighbours after a split", splits(split)))
     body = "\n\n".join(f"### {title}\n\n{part}" for title, part in parts)
-    partial = readme.with_name(f"{readme.name}.partial")
-    partial.write_text(f"{before}{begin}{body}\n{END}{after}", encoding="utf-8")
-    partial.replace(readme)
+    write_section(readme, "quality", body)
 
 
 def totals(rows: Sequence[Row]) -> str:

@@ -1,13 +1,14 @@
 """How fast does a run train, in one process and in several, and beside what it could? Beside scVI on the same cells.
 
     schelix prepare atlas200k.zarr --batch-key batch -o run && schelix graph run
-    python benchmarks/ddp.py run -o results/ddp.json
+    python benchmarks/ddp.py run
+    python benchmarks/ddp.py run --batch 4096 --scvi-cells 0 --readme
 
 Every figure comes from processes of their own, round by round: all tasks once a round, so that a busy minute does
 not fall on one of them alone; ratios are those of a round. Starting Python, importing, opening and the first ten steps
 are not counted. The floor makes the same steps of minibatches that lie in RAM: what is left is the model. scVI trains
 with its defaults on the run's genes. Memory is private memory (USS) of a rank; torch's own is that of ranks which have
-joined and do nothing.
+joined and do nothing. A row for each run, number of cells, batch and number of cores is kept in the results.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from _ddp_report import keep, markdown, speed_of, update_readme
 from _machine import circumstances, versions_of
 from _tasks import HERE, ROOT
 from _watch import CommandFailed, python, watch
@@ -64,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--cores", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--scvi-cells", type=int, default=20_000, help="0: without scVI (default: %(default)s)")
+    parser.add_argument("--readme", action="store_true", help="write all rows of the results into the README here")
     parser.add_argument("-o", "--out", type=Path, default=HERE / "results" / "ddp.json", help="default: %(default)s")
     return parser
 
@@ -80,10 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         except CommandFailed as error:
             print(f"FAILED: {error}", file=sys.stderr)
             return 1
-    print(table(row))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    rows = keep(arguments.out, row)
+    print(markdown([row]))
     print(f"written to {arguments.out}")
+    if arguments.readme:
+        update_readme(HERE / "README.md", rows)
     return 0
 
 
@@ -101,7 +105,8 @@ def measure(arguments: argparse.Namespace, temporary: Path) -> dict[str, Any]:
             found[one.label].append(ranks)
     cells = int(RunDirectory.open(arguments.run).record("genes").details.get("cells", 0)) or _cells(arguments.run)
     return {
-        **{"run": arguments.run.name, "cells": cells, "batch": arguments.batch, "steps": arguments.steps},
+        **{"run": arguments.run.name, "cells": cells, "batch": arguments.batch, "cores": arguments.cores},
+        **{"steps": arguments.steps, "scvi_cells": arguments.scvi_cells},
         "contenders": [{**asdict(one), "rounds": found[one.label]} for one in chosen],
         "ratios": ratios(found, arguments.cores),
         **circumstances(),
@@ -128,11 +133,6 @@ def run(one: Contender, arguments: argparse.Namespace, scratch: Path) -> list[di
     return [json.loads((scratch / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(one.ranks)]
 
 
-def speed_of(rounds: Sequence[Sequence[dict[str, Any]]]) -> list[float]:
-    """Return cells a second of each round: the cells of all phases by the time of all phases."""
-    return [statistics.harmonic_mean(list(ranks[0]["speed"].values())) for ranks in rounds]
-
-
 def ratios(found: dict[str, list[list[dict[str, Any]]]], cores: int) -> dict[str, float]:
     """Return the median over rounds of what the figures are to each other."""
 
@@ -153,26 +153,6 @@ def ratios(found: dict[str, list[list[dict[str, Any]]]], cores: int) -> dict[str
     if "scVI" in found:
         told["to scVI"] = ratio(whole, "scVI")
     return told
-
-
-def table(row: dict[str, Any]) -> str:
-    """Return the results as Markdown."""
-    lines = [
-        f"### {row['cells']:,} cells, steps of {row['batch']:,}; {row['machine']['cores']} cores",
-        "",
-        "| | ranks | threads | cells/s | align | refine | private MB a rank |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for one in row["contenders"]:
-        first = [ranks[0] for ranks in one["rounds"]]
-        told = [f"{statistics.median(speed_of(one['rounds'])):,.0f}" if "speed" in first[0] else ""]
-        for phase in ("align", "refine"):
-            speeds = [ranks["speed"][phase] for ranks in first if phase in ranks.get("speed", {})]
-            told.append(f"{statistics.median(speeds):,.0f}" if speeds else "")
-        held = [ranks["private_mb"] for ranks in first if "private_mb" in ranks]
-        told.append(f"{statistics.median(held):,.0f}" if held else "")
-        lines.append(f"| {one['label']} | {one['ranks']} | {one['threads']} | {' | '.join(told)} |")
-    return "\n".join([*lines, "", *(f"- {name}: {value}" for name, value in row["ratios"].items())])
 
 
 if __name__ == "__main__":

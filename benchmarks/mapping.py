@@ -2,7 +2,8 @@
 
     python benchmarks/mapping.py kang.h5ad:donor sc_mixology.h5ad:batch pancreas.h5ad:batch
     python benchmarks/mapping.py kang.h5ad:donor --folds 2 --methods schelix,symphony
-    python benchmarks/mapping.py kang.h5ad:donor --methods scarches --epochs 100
+    python benchmarks/mapping.py kang.h5ad:donor --methods scarches --folds 2 --epochs 50
+    python benchmarks/mapping.py kang.h5ad:donor --methods schelix,symphony --jobs 2
     python benchmarks/mapping.py --readme
 
 DATA:COLUMN is a file and the obs column whose values are left out in turn; the batch key stays --batch-key. Each fold
@@ -22,7 +23,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--folds", type=int, metavar="N", help="the first N values of each column alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, metavar="N", help="at most N epochs of scVI (default: its own rule)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="folds at once, one thread each if several")
     parser.add_argument("--no-novel", action="store_true", help="leave out the folds in which a type is taken out")
     parser.add_argument("--no-joint", action="store_true", help="leave out the joint integrations, and the overlap")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="setting for schelix")
@@ -67,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     failures = sum(run_problem(path, by, methods, arguments) for path, by in problems)
     if arguments.readme:
-        update_readme(HERE / "README.md", read_rows(arguments.out))
+        speed = read_rows(arguments.out.with_name("mapping-speed.json"))
+        update_readme(HERE / "README.md", read_rows(arguments.out), speed)
     return 1 if failures else 0
 
 
@@ -118,26 +123,33 @@ def run_problem(path: Path, by: str, methods: Sequence[str], arguments: argparse
             if not arguments.no_joint:
                 z_joint = attempt(joint_job(job, path), Path(scratch) / f"{method}-joint")
                 failures += z_joint is None
-            for value in values:
-                about = circumstances()
-                pair = [fold for fold in todo if fold.value == value]
-                row = run_fold(pair, job, None if z_joint is None else z_joint["z"], Path(scratch))
-                failures += row is None
-                if row is not None:
-                    write_rows(arguments.out, [{**row, **about, "threads": threads()}])
+            about = {**circumstances(), "threads": threads() if arguments.jobs == 1 else 1, "jobs": arguments.jobs}
+            pairs = [[fold for fold in todo if fold.value == value] for value in values]
+            z = None if z_joint is None else z_joint["z"]
+            with ThreadPoolExecutor(arguments.jobs) as pool:
+                run = partial(run_fold, job=job, z_joint=z, scratch=Path(scratch), one_thread=arguments.jobs > 1)
+                done = pool.map(run, pairs)
+                for row in done:
+                    failures += row is None
+                    if row is not None:
+                        write_rows(arguments.out, [{**row, **about}])
         shown = [row for row in read_rows(arguments.out) if (row["data"], row["by"]) == (path.stem, by)]
         print(table(shown), end="\n\n", flush=True)
     return failures
 
 
-def run_fold(pair: Sequence[Fold], job: Job, z_joint: np.ndarray | None, scratch: Path) -> Row | None:
+def run_fold(
+    pair: Sequence[Fold], job: Job, z_joint: np.ndarray | None, scratch: Path, one_thread: bool = False
+) -> Row | None:
     """Map a left-out value, with all types in the reference and with one taken out; return the row, None if failed."""
     row: Row = {"data": pair[0].data.stem, "by": pair[0].by, "fold": pair[0].value, "method": job.method}
     row |= {"seed": job.seed, "epochs": job.epochs, "settings": list(job.settings), "query_cells": len(pair[0].query)}
     for fold in pair:
         folder = Path(tempfile.mkdtemp(dir=scratch))
         reference, query = write_fold(fold, job.batch_key, job.label_key, folder)
-        answer = attempt(Job(**{**asdict(job), "reference": str(reference), "query": str(query)}), folder / "work")
+        answer = attempt(
+            Job(**{**asdict(job), "reference": str(reference), "query": str(query)}), folder / "work", one_thread
+        )
         if answer is None:
             return None
         obs = read_obs(fold.data)
@@ -158,7 +170,7 @@ def run_fold(pair: Sequence[Fold], job: Job, z_joint: np.ndarray | None, scratch
     return row
 
 
-def attempt(job: Job, work: Path) -> dict[str, Any] | None:
+def attempt(job: Job, work: Path, one_thread: bool = False) -> dict[str, Any] | None:
     """Run a job in a process of its own; return its arrays with its peak memory, None if it failed."""
     work.mkdir(parents=True)
     (work / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
@@ -169,7 +181,7 @@ def attempt(job: Job, work: Path) -> dict[str, Any] | None:
             [sys.executable, str(HERE / "_mapping_worker.py"), str(work)],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": path, **({"OMP_NUM_THREADS": "1"} if one_thread else {})},
         )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

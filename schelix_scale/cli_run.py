@@ -36,6 +36,9 @@ from schelix_scale.cli_options import (
     Threads,
 )
 
+IN_DATA = ("label_key", "layer", "genes_join", "obs_filter", "census_version", "census_uri", "protect")
+ELSEWHERE = ("strength", "max_memory", "seed", "threads", "device", "scheduler")
+SETTINGS = {name: f"data.{name}" for name in IN_DATA} | {name: name for name in ELSEWHERE}
 NEXT = {"graph": "train", "train": "embed"}
 
 
@@ -86,21 +89,7 @@ def integrate(
     from schelix_scale.output import print_run, repeat_warnings
     from schelix_scale.pipeline import integrate as integrate_cells
 
-    given: dict[str, Any] = {
-        "strength": strength,
-        "data.label_key": label_key,
-        "data.layer": layer,
-        "data.genes_join": genes_join,
-        "data.obs_filter": obs_filter,
-        "data.census_version": census_version,
-        "data.census_uri": census_uri,
-        "data.protect": protect or None,
-        "max_memory": max_memory,
-        "seed": seed,
-        "threads": threads,
-        "device": device,
-        "scheduler": scheduler,
-    }
+    given = _given(context)
     reporter = make_reporter(quiet)
     run = integrate_cells(
         one_or_all(source),
@@ -155,21 +144,7 @@ def prepare(
     from schelix_scale.output import repeat_warnings
     from schelix_scale.pipeline import prepare as prepare_run
 
-    given: dict[str, Any] = {
-        "strength": strength,
-        "data.label_key": label_key,
-        "data.layer": layer,
-        "data.genes_join": genes_join,
-        "data.obs_filter": obs_filter,
-        "data.census_version": census_version,
-        "data.census_uri": census_uri,
-        "data.protect": protect or None,
-        "max_memory": max_memory,
-        "seed": seed,
-        "threads": threads,
-        "device": device,
-        "scheduler": scheduler,
-    }
+    given = _given(context)
     reporter = make_reporter(quiet)
     path = prepare_run(
         one_or_all(source),
@@ -200,6 +175,7 @@ def graph(context: typer.Context, run: RunPath, setting: Changes = None, quiet: 
     "  schelix train atlas-run --embed\n\n"
     "  schelix train atlas-run --set train.refine_steps=1000\n\n"
     "  schelix train atlas-run --embed --nproc 4\n\n"
+    "  schelix train atlas-run-2 --continue --embed\n\n"
     "  torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29400 --max-restarts 3 "
     "-m schelix_scale train atlas-run --embed"
 )
@@ -208,6 +184,10 @@ def train(
     context: typer.Context,
     run: RunPath,
     embed: Annotated[bool, typer.Option("--embed", help="Write the embedding after that.")] = False,
+    warm: Annotated[
+        bool,
+        typer.Option("--continue", help="Train on from the weights of RUN's last training, as after extend."),
+    ] = False,
     setting: Changes = None,
     device: Device = None,
     nproc: Nproc = 1,
@@ -222,7 +202,8 @@ def train(
     --nproc starts several processes on this machine; torchrun does on one or several that share a file system. Their
     number does not change what is trained, and may be another one each time a training goes on.
     """
-    _continue(run, "train", setting, {"device": device}, quiet, no_summary, nproc, ["embed"] if embed else [])
+    due = ["embed"] if embed else []
+    _continue(run, "train", setting, {"device": device}, quiet, no_summary, nproc, due, warm)
 
 
 @app.command(epilog="[bold]Example[/]\n\n  schelix embed atlas-run")
@@ -238,6 +219,11 @@ def embed(
 ) -> None:
     """Write the embedding of all cells of RUN, whose model is trained, to RUN/embedding.zarr."""
     _continue(run, "embed", setting, {"device": device}, quiet, no_summary, nproc)
+
+
+def _given(context: typer.Context) -> dict[str, Any]:
+    """Return the options of a verb that are settings, by the settings' names."""
+    return {name: context.params[option] for option, name in SETTINGS.items() if context.params[option] != []}
 
 
 def _chosen(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -262,6 +248,7 @@ def _continue(
     no_summary: bool = False,
     nproc: int = 1,
     then: Sequence[str] = (),
+    warm: bool = False,
 ) -> None:
     """Do a stage of a run, and print the run if it is finished, else the next command."""
     from schelix_scale.config_io import flatten, load_config
@@ -270,7 +257,7 @@ def _continue(
 
     reporter = make_reporter(quiet)
     changes = flatten(load_config(None, setting or ()).model_dump(exclude_unset=True)) | _chosen(given)
-    done = continue_run(run, stage, then=then, nproc=nproc, reporter=reporter, **changes)
+    done = continue_run(run, stage, then=then, nproc=nproc, warm=warm, reporter=reporter, **changes)
     repeat_warnings(reporter)
     if quiet or no_summary or _follows(stage):
         return

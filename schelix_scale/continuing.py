@@ -40,6 +40,7 @@ def continue_run(
     *,
     then: Sequence[str] = (),
     nproc: int = 1,
+    warm: bool = False,
     reporter: Reporter | None = None,
     **settings: Any,
 ) -> Run | None:
@@ -59,6 +60,8 @@ def continue_run(
     nproc
         Processes on this machine that train and embed together; they are started as torchrun does. On several
         machines: ``torchrun ... -m schelix_scale train RUN`` on each.
+    warm
+        Train on from the weights of the run's last training, as after `extend`, instead of from the beginning.
     reporter
         Where progress goes; standard error by default.
     **settings
@@ -89,26 +92,30 @@ def continue_run(
     reporter = reporter or RichReporter()
     if stage not in LATER or not set(then) <= set(LATER[LATER.index(stage) + 1 :]):
         raise ConfigError(f"{' and '.join(due)}: a run is continued with {', '.join(LATER)}, in this order.")
+    if warm and stage != "train":
+        raise ConfigError(f"only a training is continued from its weights, and not {stage}.")
     if stage == "graph":
         return _continue(run, due, settings, reporter, None)
     if nproc != 1:
-        return _launched(run, due, nproc, settings, reporter)
+        return _launched(run, due, nproc, settings, reporter, warm)
     from schelix_scale.training.dist import joined
 
     with RunDirectory.open(run) as directory:
         config = _changed(directory, due, settings)
     with joined(check_device(config, True), config.train.deterministic) as ranks:
-        return _continue(run, due, settings, reporter if ranks.main else QuietReporter(), ranks)
+        return _continue(run, due, settings, reporter if ranks.main else QuietReporter(), ranks, warm)
 
 
 def _launched(
-    run: str | Path, due: Sequence[str], nproc: int, settings: Mapping[str, Any], reporter: Reporter
+    run: str | Path, due: Sequence[str], nproc: int, settings: Mapping[str, Any], reporter: Reporter, warm: bool
 ) -> Run | None:
     """Let other processes do the stages that are due, with settings that are known to be good."""
     from schelix_scale.training.launch import launch
 
-    with RunDirectory.open(run) as directory:
+    with RunDirectory.open(run, writable=warm) as directory:
         _changed(directory, due, settings)
+        if warm:
+            _keep_weights(directory)
     given = [f"{key.replace('__', '.')}={_written(value)}" for key, value in settings.items()]
     command = [due[0], str(run), *(["--embed"] if due[1:] else []), *(part for text in given for part in ("-s", text))]
     if isinstance(reporter, QuietReporter):
@@ -117,13 +124,24 @@ def _launched(
     return Run.open(run) if "embed" in due else None
 
 
+def _keep_weights(directory: RunDirectory) -> None:
+    from schelix_scale.training.warm import keep_weights
+
+    keep_weights(directory)
+
+
 def _written(value: Any) -> str:
     """Write the value of a setting as the command line takes it."""
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _continue(
-    run: str | Path, due: Sequence[str], settings: Mapping[str, Any], reporter: Reporter, ranks: Ranks | None
+    run: str | Path,
+    due: Sequence[str],
+    settings: Mapping[str, Any],
+    reporter: Reporter,
+    ranks: Ranks | None,
+    warm: bool = False,
 ) -> Run | None:
     """Do the stages that are due; the main rank holds the run, and the others do what they are told."""
     main = ranks is None or ranks.main
@@ -131,6 +149,8 @@ def _continue(
         if main:
             config = _changed(directory, due, settings)
             check_device(config)
+            if warm:
+                _keep_weights(directory)
             if config != directory.config:
                 directory.configure(config)
             context = recorded_context(directory, due, reporter, ranks)

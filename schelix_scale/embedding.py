@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from schelix_scale.training.refresh import ENCODE_CELLS, encode
 
 KEY = "X_schelix"
 CONCATENATED, BESIDE = "concatenated", 0.4
+SEEN_SECONDS = 120.0  # after which files of other machines must have appeared
 STREAM_KEYS = {"backbone": f"{KEY}_backbone", "anchor": f"{KEY}_anchor", "variant": f"{KEY}_variant"}
 
 
@@ -71,7 +73,7 @@ def write_embedding(
     Raises
     ------
     TrainingError
-        A latent is not finite.
+        A latent is not finite, or what other ranks have written does not appear.
     """
     import zarr
 
@@ -94,9 +96,23 @@ def write_embedding(
         advance(stop - start)
     ranks.wait()
     if ranks.main:
+        _await_chunks(path, keys, -(-features.n_cells // ENCODE_CELLS))
         with warnings.catch_warnings():  # anndata writes consolidated metadata too, and reads faster with it
             warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
             zarr.consolidate_metadata(path)
+
+
+def _await_chunks(path: Path, keys: Iterable[str], count: int) -> None:
+    """Wait until this machine sees the chunks that others have written: a shared file system may take a while."""
+    until = time.monotonic() + SEEN_SECONDS
+    folders = [path / "obsm" / key / "c" for key in keys]
+    while missing := [folder for folder in folders if len(list(folder.glob("*"))) < count]:
+        if time.monotonic() > until:
+            raise TrainingError(
+                f"{missing[0]} does not have the {count:,} chunks that the ranks have written, {SEEN_SECONDS:.0f} s "
+                "after they have. Do all machines see the same run directory? Run the same command again."
+            )
+        time.sleep(0.2)
 
 
 def _create(
@@ -112,5 +128,11 @@ def _create(
     obsm = zarr.open_group(path / "obsm", mode="r+")
     for key, part in keys.items():
         width = embedding_dims(features, part)
-        array = obsm.create_array(key, shape=(features.n_cells, width), chunks=(ENCODE_CELLS, width), dtype="float32")
+        array = obsm.create_array(
+            key,
+            shape=(features.n_cells, width),
+            chunks=(ENCODE_CELLS, width),
+            dtype="float32",
+            config={"write_empty_chunks": True},  # their number is checked
+        )
         array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})

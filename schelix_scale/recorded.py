@@ -94,6 +94,12 @@ class RecordedStore(CellStore):
         RunError
             It was in memory, cannot be opened, or has changed.
         """
+        if "extends" in self.about:
+            raise RunError(
+                f"the cells of {self.path} come from {len(self.about['parts'])} sources, those of the run and those it "
+                'was extended by, which are not read again together. Train from the cache: --set train.input="cache". '
+                "Learned loadings (train.loadings) stay as they are."
+            )
         remedy = "Put it back as it was, or prepare another run from it with `schelix prepare`."
         if self.source == MEMORY:
             raise RunError(

@@ -17,6 +17,12 @@ FORMAT = 1
 AGAIN = "Run the same `schelix integrate` command again"
 
 
+def again(source: Mapping[str, Any]) -> str:
+    """Return what to do about a run of these cells, by the verb that makes it."""
+    verb = "map" if "mapped_onto" in source else "extend" if "extends" in source else "integrate"
+    return f"Run the same `schelix {verb}` command again"
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A published file or directory: its path in the run, size in bytes, number of files and sha256."""

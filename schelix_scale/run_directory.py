@@ -23,10 +23,10 @@ from schelix_scale.errors import RunError
 from schelix_scale.locking import DirectoryLock
 from schelix_scale.provenance import provenance
 from schelix_scale.records import (
-    AGAIN,
     FORMAT,
     Artifact,
     StageRecord,
+    again,
     clear,
     read_header,
     read_json,
@@ -104,7 +104,8 @@ class RunDirectory:
             raise RunError(f"{root} is not a run: it has no run.json. Give the directory that -o named.")
         header = read_header(root)
         if finished and not (root / "manifest.json").is_file():
-            raise RunError(f"the run {root} is not finished: it has no manifest.json. {AGAIN} to finish it.")
+            advice = again(header["source"])
+            raise RunError(f"the run {root} is not finished: it has no manifest.json. {advice} to finish it.")
         try:
             config = Config.model_validate(header["config"])
         except ValueError as error:
@@ -213,7 +214,7 @@ class RunDirectory:
         """
         path = self._record_path(stage)
         if not path.is_file():
-            raise RunError(f"the run {self.path} has no finished stage {stage!r}. {AGAIN} to finish it.")
+            raise RunError(f"the run {self.path} has no finished stage {stage!r}. {self.again} to finish it.")
         return StageRecord.read(path)
 
     def records(self) -> list[StageRecord]:
@@ -238,17 +239,22 @@ class RunDirectory:
         }
         files.write_json(self.path / "manifest.json", manifest)
 
+    @property
+    def again(self) -> str:
+        """The advice to run the command that makes this directory again."""
+        return again(self.source)
+
     def verify(self) -> list[str]:
         """Return the problems of the run, each with its remedy: unfinished, artifacts missing, cut or changed."""
         problems: list[str] = []
         listed: dict[str, Any] | None = None
         if not (self.path / "manifest.json").is_file():
-            problems.append(f"the run {self.path} is not finished: it has no manifest.json. {AGAIN} to finish it.")
+            problems.append(f"the run {self.path} is not finished: it has no manifest.json. {self.again} to finish it.")
         else:
             try:
                 listed = dict(read_json(self.path / "manifest.json")["stages"])
             except (RunError, KeyError, TypeError) as error:
-                problems.append(f"{self.path / 'manifest.json'} is damaged ({error}). Delete it. {AGAIN}.")
+                problems.append(f"{self.path / 'manifest.json'} is damaged ({error}). Delete it. {self.again}.")
         for stage in {**dict.fromkeys(listed or ()), **dict.fromkeys(recorded_stages(self.path))}:
             problems += self._verify_stage(stage, listed)
         return problems
@@ -260,12 +266,12 @@ class RunDirectory:
             return [str(error)]
         problems = []
         if listed is not None and read_json(path) != listed.get(stage):
-            problems.append(f"{path} differs from the manifest. Delete it. {AGAIN} to do stage {stage} again.")
+            problems.append(f"{path} differs from the manifest. Delete it. {self.again} to do stage {stage} again.")
         for artifact in record.artifacts:
             damage = artifact.damage(self.path)
             if damage:
                 where = self.path / artifact.path
-                remedy = f"Delete it. {AGAIN}" if where.exists() else AGAIN
+                remedy = f"Delete it. {self.again}" if where.exists() else self.again
                 problems.append(f"{where} (made by stage {stage}) {damage}. {remedy} to rebuild it.")
         return problems
 

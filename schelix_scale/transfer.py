@@ -39,21 +39,30 @@ class Labels:
 
     @classmethod
     def of_column(cls, key: str, values: Sequence[object]) -> Labels:
-        """Code a column; missing values, empty text and "unknown" (any case) are not known."""
+        """Code a column by its text; missing values, empty text and "unknown" (any case) are not known.
+
+        A whole number is written without decimals: a missing value elsewhere makes floats of integers.
+        """
         import pandas as pd
 
         raw, found = pd.factorize(np.asarray(values, dtype=object))
-        texts = [str(value).strip() for value in found]
+        texts = [_text(value) for value in found]
         names = tuple(sorted({text for text in texts if text.casefold() not in MISSING}))
         place = {name: code for code, name in enumerate(names)}
         codes = np.array([*(place.get(text, NOT_LABELLED) for text in texts), NOT_LABELLED], dtype=np.int32)
         return cls(key, names, codes[raw])
 
 
+def _text(value: object) -> str:
+    whole = isinstance(value, float | np.floating) and float(value).is_integer()
+    return str(int(value) if whole else value).strip()  # type: ignore[call-overload]
+
+
 def vote(distances_mk: np.ndarray, code_mk: np.ndarray, n_labels: int) -> np.ndarray:
     """Share of each label among the nearest labelled neighbours, weighted by distance.
 
-    The 15 nearest count, by exp(-(d / d_7)^2), with d_7 the distance of the seventh.
+    The 15 nearest of those count, by exp(-(d / d_7)^2), with d_7 the distance of the seventh, or of the last if there
+    are fewer.
 
     Parameters
     ----------
@@ -67,22 +76,32 @@ def vote(distances_mk: np.ndarray, code_mk: np.ndarray, n_labels: int) -> np.nda
     (m, l) shares, rows sum to 1; uniform for a cell without any labelled neighbour.
     """
     order = np.argsort(code_mk == NOT_LABELLED, axis=1, kind="stable")[:, :VOTERS]  # labelled ones first
-    code = np.take_along_axis(code_mk, order, axis=1)
+    code = np.take_along_axis(code_mk, order, axis=1).astype(np.int64)
     distance = np.take_along_axis(distances_mk, order, axis=1).astype(np.float64)
-    width = np.maximum(distance[:, min(WIDTH, distance.shape[1]) - 1], 1e-8)
-    weight = np.exp(-((distance / width[:, None]) ** 2)) * (code != NOT_LABELLED)
-    shares = np.zeros((len(code), n_labels))
-    rows = np.arange(len(code))
-    for column in range(code.shape[1]):
-        np.add.at(shares, (rows, code[:, column]), weight[:, column])  # code -1 adds 0
+    rows, labelled = np.arange(len(code)), code != NOT_LABELLED
+    last = np.clip(labelled.sum(axis=1), 1, min(WIDTH, distance.shape[1])) - 1
+    width = np.maximum(distance[rows, last], 1e-8)
+    weight = np.exp(-((distance / width[:, None]) ** 2)) * labelled
+    cells = rows[:, None] * (n_labels + 1) + np.where(labelled, code, n_labels)
+    sums = np.bincount(cells.ravel(), weight.ravel(), len(code) * (n_labels + 1))
+    shares = sums.reshape(len(code), n_labels + 1)[:, :n_labels]
     total = shares.sum(axis=1, keepdims=True)
     return np.asarray(np.where(total > 0, shares / np.maximum(total, TINY), 1.0 / max(n_labels, 1)))
 
 
-def batch_weights(batch_n: np.ndarray) -> np.ndarray:
-    """Weights of cells that give every batch the same mass; they sum to 1."""
+def batch_weights(batch_n: np.ndarray, enough: int = 1) -> np.ndarray:
+    """Weights of cells that give every batch of ``enough`` cells the same mass; they sum to 1.
+
+    A batch of fewer cells has less, in proportion: no single cell may weigh as much as a large batch.
+    """
     _, place, sizes = np.unique(batch_n, return_inverse=True, return_counts=True)
-    return np.asarray(1.0 / (sizes[place] * len(sizes)))
+    mass = np.minimum(sizes, enough) / sizes
+    return np.asarray(mass[place] / (mass * sizes).sum())
+
+
+def effective_count(weight_s: np.ndarray) -> float:
+    """How many cells of equal weight say as much as these: (sum w)^2 / sum w^2 (Kish 1965)."""
+    return float(weight_s.sum() ** 2 / (weight_s**2).sum())
 
 
 @dataclass(frozen=True)
@@ -103,18 +122,29 @@ class LabelCalibration:
     weight_s: np.ndarray
 
     @classmethod
-    def fit(cls, votes_sl: np.ndarray, true_s: np.ndarray, weight_s: np.ndarray) -> LabelCalibration:
-        """Fit on held-out cells: votes (s, l), true labels (s,) and weights (s,), by weighted log likelihood."""
+    def fit(
+        cls, votes_sl: np.ndarray, true_s: np.ndarray, weight_s: np.ndarray, batch_s: np.ndarray | None = None
+    ) -> LabelCalibration:
+        """Fit on held-out cells: votes (s, l), true labels (s,), weights (s,) and, if there are several, batches (s,).
+
+        What is least is the mean of the batches' negative log likelihood and its standard deviation between batches,
+        together: the next batch may be one of the harder ones.
+        """
         from scipy.optimize import minimize
 
         weight_s = weight_s / weight_s.sum()
         rows = np.arange(len(true_s))
+        place_s = np.zeros(len(true_s), np.int64) if batch_s is None else np.unique(batch_s, return_inverse=True)[1]
+        mass_b = np.bincount(place_s, weight_s)
         bounds = [tuple(np.log(FLOORS)), tuple(np.log(TEMPERATURES))]
 
         def loss(parameters: np.ndarray) -> float:
             floor, temperature = np.exp(parameters)
             probabilities = sharpen(votes_sl, float(temperature), float(floor))
-            return float(-(weight_s * np.log(np.maximum(probabilities[rows, true_s], TINY))).sum())
+            surprise_s = -np.log(np.maximum(probabilities[rows, true_s], TINY))
+            mean_b = np.bincount(place_s, weight_s * surprise_s) / mass_b
+            mean = float(mass_b @ mean_b)
+            return mean + float(np.sqrt(mass_b @ (mean_b - mean) ** 2))
 
         found = minimize(loss, np.log([0.02, 1.0]), method="Nelder-Mead", bounds=bounds, options={"maxiter": 200})
         floor, temperature = (float(value) for value in np.exp(found.x))
@@ -129,10 +159,13 @@ class LabelCalibration:
     def threshold(self, coverage: float) -> float:
         """Least probability of the labels of a set, such that sets of held-out cells have the true one so often.
 
-        The split conformal quantile (Vovk et al. 2005): that of ``coverage`` with a new cell of any score counted in.
+        The split conformal quantile (Vovk et al. 2005): that of ``coverage`` with a new cell of any score counted in,
+        one of as many as the weights are worth. 0, so that every label is in every set, if these are too few for it.
+        The coverage holds for cells that are like the held-out ones; cells of one batch are not independent, so that
+        of a single new batch varies around it, the more the fewer batches were held out.
         """
-        extra = 1.0 / (len(self.scores_s) + 1)
-        reached = np.cumsum(self.weight_s) * (1 - extra) >= coverage
+        extra = 1.0 / (effective_count(self.weight_s) + 1)
+        reached = np.cumsum(self.weight_s) * (1 - extra) >= coverage - 1e-12
         return float(1 - self.scores_s[np.argmax(reached)]) if reached.any() else 0.0
 
     def sets(self, probabilities_ml: np.ndarray, coverage: float) -> np.ndarray:
@@ -163,9 +196,17 @@ class NoveltyCalibration:
         order = np.argsort(scores_s, kind="stable")
         return cls(scores_s[order], weight_s[order] / weight_s.sum())
 
+    @property
+    def least(self) -> float:
+        """The least p-value that these cells can tell."""
+        return 1.0 / (effective_count(self.weight_s) + 1)
+
     def p_values(self, scores_m: np.ndarray) -> np.ndarray:
-        """Conformal p-values (m,): how often a cell that is not novel scores as high, itself counted in."""
-        extra = 1.0 / (len(self.scores_s) + 1)
+        """Conformal p-values (m,): how often a cell that is not novel scores as high, itself counted in.
+
+        One a cell, not adjusted for how many cells are tested: of n cells that are not novel, n p are at or below p.
+        """
+        extra = self.least
         above = np.r_[np.cumsum(self.weight_s[::-1])[::-1], 0.0]
         place = np.searchsorted(self.scores_s, scores_m, side="left")
         return np.asarray(np.minimum(1.0, above[place] * (1 - extra) + extra))

@@ -34,3 +34,33 @@ def test_freed_blocks_do_not_stay() -> None:
     """Without `keep_memory_low` and `release_memory`, glibc keeps 384 MB of this."""
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 8 << 20
+
+
+STEPS = """
+import resource
+import torch
+from schelix_scale.compute import keep_memory_low, torch_at_work
+keep_memory_low()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+def step():
+    torch.ones(4 << 18) + torch.ones(4 << 18)  # three times 4 MB
+with torch_at_work(1):
+    for _ in range(5):
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    held = resident()
+print(held - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/statm is Linux")
+def test_steps_of_a_training_use_the_same_memory_again() -> None:
+    """Ten steps of 3,072 pages each need hardly any new page; afterwards all of it is given back."""
+    done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
+    faults, given_back = map(int, done.stdout.split())
+    assert faults < 1_000
+    assert given_back > 8 << 20

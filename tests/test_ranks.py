@@ -69,6 +69,31 @@ def test_two_processes_of_which_one_is_killed(ready: Path, alone: Run, tmp_path:
     np.testing.assert_allclose(run.embedding, alone.embedding, atol=1e-4)
 
 
+def test_ctrl_c_ends_all_ranks_and_is_no_traceback(ready: Path, tmp_path: Path) -> None:
+    """As a terminal sends it: to the command and to its ranks."""
+    out = Path(shutil.copytree(ready, tmp_path / "run"))
+    endless = [
+        "train.align_steps=100000",
+        "train.max_epochs=100000",
+        "train.patience=100000",
+        "train.checkpoint_every=1",
+    ]
+    command = [*SCHELIX, "train", str(out), "--nproc", "2", *(part for text in endless for part in ("--set", text))]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        deadline = time.monotonic() + 90
+        while not list(out.glob("checkpoints/step-*")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted: Run the same command again to continue" in said
+    assert "Traceback" not in said
+    assert not any(rank.is_running() for rank in ranks)
+
+
 def test_one_call_in_python_does_all_with_two_processes(ready: Path, alone: Run, tmp_path: Path) -> None:
     source, reporter = ready.parent / "cells.h5ad", QuietReporter()
     run = integrate(source, batch_key="batch", out=tmp_path / "run", nproc=2, reporter=reporter, **SETTINGS)

@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from schelix_scale.compute import keep_memory_low, limited_threads, share_cores
-from schelix_scale.config import DataConfig
 from schelix_scale.errors import DataError
 from schelix_scale.extending.stages import EXTENSION, Extension
-from schelix_scale.mapping.api import Reference, merged_settings, query_batches, refuse_inside
-from schelix_scale.mapping.query import Query, correct, project
+from schelix_scale.mapping.api import NEEDED, Reference
+from schelix_scale.mapping.inputs import batches_digest, merged_settings, open_query, query_batches, refuse_inside
+from schelix_scale.mapping.project import project
+from schelix_scale.mapping.query import Query, correct
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.progress import Reporter, RichReporter
 from schelix_scale.publish import remove
 from schelix_scale.run import Run, RunDirectory
-from schelix_scale.stores import CellStore, Source, open_configured
+from schelix_scale.stores import CellStore, Source
 from schelix_scale.stores.batches import Batches
-from schelix_scale.stores.checks import check_names
 from schelix_scale.stores.joined import source_address
 
 LEAST = 2
@@ -87,12 +87,11 @@ def extend(
     out = Path(out).expanduser()
     refuse_inside(reference.path, out)
     chosen = merged_settings(config, settings)
-    store = open_configured(query, DataConfig(layer=layer))
-    check_names(store)
+    store = open_query(query, layer)
     batches = query_batches(store, batch_key, reference.frozen.config.data.batch_key)
     _check_size(reference, store)
     reporter = reporter or RichReporter()
-    source = _description(reference, store)
+    source = _description(reference, store, batches, chosen)
     with (
         RunDirectory.claim(out, reference.frozen.config, source, overwrite) as directory,
         limited_threads(1),  # blocks are shared out to threads, each of which does the work of one
@@ -113,7 +112,9 @@ def _fill(
     """Do the stages, and write the manifest."""
     scratch = directory.path / EXTENSION
     with RunDirectory.claim(scratch, directory.config, directory.source) as inner:
-        query = reference.query(store, batches, inner, settings, reporter)
+        query = reference.query(
+            store, batches, inner, settings, reporter, [name for name in NEEDED if name != "novelty"]
+        )
         project(query)
         correct(query)
         extension = Extension(query, directory)
@@ -128,15 +129,21 @@ def _check_size(reference: Reference, store: CellStore) -> None:
         raise DataError(f"{store.source} has {store.n_cells} cell; an extension needs {LEAST}. Map it instead.")
 
 
-def _description(reference: Reference, store: CellStore) -> dict[str, Any]:
-    """Describe the cells of the new version: those of the run, and the new ones; with the chain of versions."""
+def _description(reference: Reference, store: CellStore, batches: Batches, settings: MapConfig) -> dict[str, Any]:
+    """Describe the cells of the new version: those of the run, and the new ones; with the chain of versions.
+
+    Batches and settings are part of what they are: an extension goes on only with the same.
+    """
     before = reference.frozen.directory.source
     own: dict[str, Any] = {"uri": source_address(store), "layer": store.layer, "fingerprint": store.fingerprint()}
     own |= {**store.provenance(), "cells": store.n_cells}
     known: dict[str, Any] = {key: before[key] for key in ("uri", "layer", "fingerprint") if key in before}
     first: dict[str, Any] = {**known, "cells": reference.frozen.n_cells}
     parts: Sequence[Any] = before["parts"] if "extends" in before else [first]  # else parts are those of a joined store
-    content = f"{before['fingerprint']} + {own['fingerprint']} onto {reference.frozen.fingerprint}"
+    how = settings.model_dump(include={"values", "gene_key", "min_genes"})
+    own |= {"batches": batches_digest(batches), "settings": how}
+    new = [own["fingerprint"], store.obs_fingerprint(), own["batches"], how]
+    content = f"{before['fingerprint']} + {new} onto {reference.frozen.fingerprint}"
     link = {
         "path": str(reference.path.resolve()),
         "fingerprint": reference.frozen.fingerprint,
@@ -145,10 +152,18 @@ def _description(reference: Reference, store: CellStore) -> dict[str, Any]:
     return {
         "uri": f"extension of {reference.path.name} by {Path(store.source).name}",
         "layer": store.layer,
+        "nonzeros_per_cell": _nonzeros(reference, store),
         "fingerprint": hashlib.sha256(content.encode()).hexdigest()[:32],
         "extends": [*before.get("extends", []), link],
         "parts": [*parts, own],
     }
+
+
+def _nonzeros(reference: Reference, store: CellStore) -> float:
+    """Return the mean number of stored values of a cell, old or new; training derives its blocks from it."""
+    n, m = reference.frozen.n_cells, store.n_cells
+    before = reference.frozen.directory.source.get("nonzeros_per_cell", store.nonzeros_per_cell)
+    return float((n * before + m * store.nonzeros_per_cell) / (n + m))
 
 
 def _summary(reference: Reference, query: Query, directory: RunDirectory) -> dict[str, Any]:

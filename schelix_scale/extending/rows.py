@@ -15,7 +15,11 @@ from schelix_scale.graph.vectors import row_blocks, unit_rows
 from schelix_scale.mapping.diffusion import Levels, mix, query_weights
 from schelix_scale.mapping.query import BLOCK, QUERY_BLOCK
 from schelix_scale.mapping.reference import Frozen
+from schelix_scale.scheduling import run_tasks
 from schelix_scale.stages.graph import graph_settings
+
+EXACT_BELOW, EXACT_QUERIES = 12_000, 1_000  # new cells, and how many of them are compared at once
+PROBES = (64, 256)  # lists that are searched for a new cell; more where these find too few
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,29 @@ class NewRows:
 
 def new_rows(
     frozen: Frozen, anchor_md: np.ndarray, batch_m: np.ndarray, folder: Path, threads: int, budget: int
-) -> NewRows:
+) -> tuple[NewRows, dict[str, float | int]]:
     """Find the neighbours of new cells among the run's cells and each other, and weigh them as the run does.
 
     Rows of the run's own cells stay: they have no new cell among their neighbours. ``folder`` is for what the search
-    keeps on disk.
+    keeps on disk. A search that finds too few is done again, wider. Also returns the audit, see `audit_rows`.
+
+    Raises
+    ------
+    GraphError
+        See `audit_rows`.
     """
+    among = _among_each_other(frozen, anchor_md, folder, threads, budget)
+    for probes in PROBES:
+        indices, distances = _merged(frozen, anchor_md, among, probes, threads)
+        audit = audit_rows(frozen, anchor_md, indices, last=probes == PROBES[-1])
+        if audit["recall"] >= frozen.config.graph.min_recall:
+            break
+    return _weighed(frozen, indices, distances, batch_m), audit
+
+
+def _weighed(frozen: Frozen, indices: np.ndarray, distances: np.ndarray, batch_m: np.ndarray) -> NewRows:
+    """Weigh neighbours (m, k) as the run does."""
     settings, n = graph_settings(frozen.config), frozen.n_cells
-    indices, distances = _neighbors(frozen, anchor_md, folder, threads, budget)
     k = indices.shape[1]
     own_m = distances[:, min(settings.kernel_neighbor, k) - 1]
     weights = np.empty(indices.shape, np.float32)
@@ -52,32 +71,53 @@ def new_rows(
     return NewRows(indices, distances, weights)
 
 
-def _neighbors(
+def _among_each_other(
     frozen: Frozen, anchor_md: np.ndarray, folder: Path, threads: int, budget: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Find the nearest other new cells of each: columns from n on, and distances."""
+    m, k = len(anchor_md), min(frozen.neighbor_operator.indices_nk.shape[1], len(anchor_md) - 1)
+    if m <= EXACT_BELOW:
+        unit = unit_rows(anchor_md)
+        indices, distances = np.empty((m, k), np.int64), np.empty((m, k), np.float32)
+
+        def task(span: tuple[int, int]) -> int:
+            rows = np.arange(*span)
+            indices[rows], distances[rows] = nearest_in_blocks(unit[rows], [(0, unit)], k, rows)
+            return len(rows)
+
+        run_tasks(task, list(row_blocks(m, EXACT_QUERIES)), threads)
+        return indices + frozen.n_cells, distances
+    among = frozen.config.graph.model_copy(update={"k": k})
+    found, _ = build_neighbors(anchor_md, folder, among, frozen.config.seed, threads, budget)
+    return found.indices_nk.astype(np.int64) + frozen.n_cells, found.distances_nk
+
+
+def _merged(
+    frozen: Frozen, anchor_md: np.ndarray, among: tuple[np.ndarray, np.ndarray], probes: int, threads: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Merge the k nearest cells of the run and the k nearest new ones: (m, k) columns and distances."""
-    m, n, k = len(anchor_md), frozen.n_cells, frozen.neighbor_operator.indices_nk.shape[1]
+    k = frozen.neighbor_operator.indices_nk.shape[1]
     parts = [
-        frozen.index.query(np.asarray(anchor_md[start:stop]), k, threads) for start, stop in row_blocks(m, QUERY_BLOCK)
+        frozen.index.query(np.asarray(anchor_md[start:stop]), k, threads, probes)
+        for start, stop in row_blocks(len(anchor_md), QUERY_BLOCK)
     ]
     indices, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
-    among = frozen.config.graph.model_copy(update={"k": min(k, m - 1)})
-    found, _ = build_neighbors(anchor_md, folder, among, frozen.config.seed, threads, budget)
-    indices = np.hstack([indices, found.indices_nk.astype(np.int64) + n])
-    distances = np.hstack([distances, found.distances_nk])
+    indices, distances = np.hstack([indices, among[0]]), np.hstack([distances, among[1]])
     order = np.argsort(distances, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(indices, order, axis=1), np.take_along_axis(distances, order, axis=1)
 
 
-def audit_rows(frozen: Frozen, anchor_md: np.ndarray, rows: NewRows) -> dict[str, float | int]:
-    """Compare the neighbours of sampled new cells with their exact ones among all cells.
+def audit_rows(
+    frozen: Frozen, anchor_md: np.ndarray, indices_mk: np.ndarray, last: bool = True
+) -> dict[str, float | int]:
+    """Compare the neighbours (m, k) of sampled new cells with their exact ones among all cells.
 
     Raises
     ------
     GraphError
-        The recall is below ``graph.min_recall``.
+        The recall of the ``last`` search is below ``graph.min_recall``.
     """
-    config, (m, k) = frozen.config, rows.indices_mk.shape
+    config, (m, k) = frozen.config, indices_mk.shape
     rng = np.random.default_rng([config.seed, 0xA0D17, frozen.n_cells])
     chosen = np.sort(rng.choice(m, min(config.graph.audit_cells, m), replace=False))
     unit = unit_rows(anchor_md[chosen])
@@ -86,7 +126,7 @@ def audit_rows(frozen: Frozen, anchor_md: np.ndarray, rows: NewRows) -> dict[str
         ((frozen.n_cells + start, unit_rows(anchor_md[start:stop])) for start, stop in row_blocks(m)),
     )
     exact = nearest_in_blocks(unit, blocks, k, frozen.n_cells + chosen)[1]
-    columns = rows.indices_mk[chosen]
+    columns = indices_mk[chosen]
     old = columns < frozen.n_cells
     others = np.empty((*columns.shape, anchor_md.shape[1]), np.float32)
     others[old] = frozen.anchor_na[columns[old]]
@@ -94,7 +134,7 @@ def audit_rows(frozen: Frozen, anchor_md: np.ndarray, rows: NewRows) -> dict[str
     cosine = np.einsum("md,mkd->mk", unit, unit_rows(others.reshape(-1, others.shape[2])).reshape(others.shape))
     hits = (1 - cosine <= exact[:, -1:] + 1e-6).mean(axis=1)
     recall, half = float(hits.mean()), float(1.96 * hits.std() / np.sqrt(len(hits)))
-    if recall < config.graph.min_recall:
+    if last and recall < config.graph.min_recall:
         raise GraphError(
             f"{recall:.3f} of the exact neighbours of {len(hits)} sampled new cells were found; graph.min_recall of "
             f"the run asks for {config.graph.min_recall}. Integrate all cells together instead."

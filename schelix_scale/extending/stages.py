@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,9 +17,9 @@ from schelix_scale.config import memory_budget
 from schelix_scale.context import BATCH, ROW, Context
 from schelix_scale.extending.files import append_embedding, append_rows, appended_cells, link
 from schelix_scale.extending.index import append_index
-from schelix_scale.extending.rows import NewRows, audit_rows, diffuse_rows, new_rows
+from schelix_scale.extending.rows import NewRows, diffuse_rows, new_rows
 from schelix_scale.features.streams import Streams
-from schelix_scale.graph.build import INDEX
+from schelix_scale.graph.scratch import INDEX
 from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.mapping.correction import BatchShift
 from schelix_scale.mapping.encode import latents
@@ -136,8 +137,7 @@ class Extension:
         query, frozen = self.query, self.frozen
         codes = query.batches.codes + int(frozen.batch_n.max()) + 1
         folder = query.directory.path / "neighbors.building"
-        rows = new_rows(frozen, self._corrected[0], codes, folder, query.threads, query.budget)
-        audit = audit_rows(frozen, self._corrected[0], rows)
+        rows, audit = new_rows(frozen, self._corrected[0], codes, folder, query.threads, query.budget)
         query.reporter.say(f"neighbour recall of new cells {audit['recall']:.3f}")
         details = self._details("graph")
         known = details.get("extensions", [])
@@ -176,8 +176,8 @@ class Extension:
 
     def _train(self) -> Made:
         root = self.frozen.directory.path
-        with self.directory.publish("checkpoints") as path:
-            link(root / "checkpoints", path)
+        with self.directory.publish("checkpoints") as path:  # copied: a later training adds to its log in place
+            shutil.copytree(root / "checkpoints", path)
         learned_on = self.directory.record("graph").details["learned_on"]
         return ["checkpoints"], {**self._details("train"), "operator_id": learned_on}
 

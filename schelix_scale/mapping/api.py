@@ -6,79 +6,30 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, final
-
-import numpy as np
+from typing import Any, Self, final
 
 from schelix_scale.compute import keep_memory_low, limited_threads, share_cores, thread_count
-from schelix_scale.config import DataConfig, memory_budget
-from schelix_scale.errors import RunError
+from schelix_scale.config import memory_budget
 from schelix_scale.mapping.calibration import Calibration
-from schelix_scale.mapping.encode import MAPPED, encode_query, find_calibration
-from schelix_scale.mapping.query import Query, correct, find_neighbors, project
+from schelix_scale.mapping.columns import check_keys
+from schelix_scale.mapping.encode import encode_query, find_calibration
+from schelix_scale.mapping.inputs import merged_settings, open_query, query_batches, refuse_inside
+from schelix_scale.mapping.mapped import Mapped, read_mapped
+from schelix_scale.mapping.project import project
+from schelix_scale.mapping.query import Query, correct, find_neighbors
 from schelix_scale.mapping.reference import MAPPED_ONTO, Frozen, Once
-from schelix_scale.mapping.settings import MapConfig, load_map_config
+from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.progress import QuietReporter, Reporter, RichReporter
 from schelix_scale.records import read_json
 from schelix_scale.run_directory import RunDirectory
-from schelix_scale.stores import CellStore, Source, open_configured
-from schelix_scale.stores.batches import Batches, batch_columns, read_batches
-from schelix_scale.stores.checks import check_names
-from schelix_scale.stores.joined import JoinedStore, source_address
+from schelix_scale.stores import CellStore, Source
+from schelix_scale.stores.batches import Batches
+from schelix_scale.stores.joined import source_address
 from schelix_scale.transfer import Labels
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from anndata import AnnData
+NEEDED = ("clusters", "novelty", "index", "model", "diffused", "neighbor_operator", "fingerprint")
 
-KEY = "X_schelix"
-
-
-@final
-class Mapped:
-    """Cells mapped onto a reference: their latent, labels and novelty, in the order of the query.
-
-    Attributes
-    ----------
-    adata
-        obs (the query's columns and ours, which begin with ``schelix_``), ``obsm["X_schelix"]``, provenance in uns.
-    manifest
-        Reference, genes that were matched, batches, settings, checksums.
-    path
-        The directory; None if the mapping was not kept.
-    """
-
-    def __init__(self, adata: AnnData, manifest: dict[str, Any], path: Path | None) -> None:
-        self.adata, self.manifest, self.path = adata, manifest, path
-
-    @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Read the mapping in directory ``path``.
-
-        Raises
-        ------
-        RunError
-            It is not a finished mapping.
-        """
-        directory = RunDirectory.open(path, finished=True)
-        if MAPPED_ONTO not in directory.source:
-            raise RunError(f"{directory.path} is a run, not a mapping. Read it with Run.open.")
-        return cls(_read(directory.path), read_json(directory.path / "manifest.json"), directory.path)
-
-    @property
-    def embedding(self) -> np.ndarray:
-        """The latent of the query's cells, ``z_nd`` (n, d) float32."""
-        return np.asarray(self.adata.obsm[KEY])
-
-    @property
-    def obs(self) -> pd.DataFrame:
-        """One row a cell."""
-        return self.adata.obs
-
-    def __repr__(self) -> str:
-        """Return size, reference and share of novel cells."""
-        summary = self.manifest["summary"]
-        return f"Mapped({summary['cells']:,} cells onto {summary['reference']}, {summary['novel_share']:.1%} novel)"
+__all__ = ["Mapped", "Reference", "map_cells"]
 
 
 @final
@@ -168,14 +119,14 @@ class Reference:
         """
         chosen = merged_settings(config, settings)
         keys = (label_key,) if isinstance(label_key, str) else tuple(dict.fromkeys(label_key))
-        store = open_configured(query, DataConfig(layer=layer))
+        store = open_query(query, layer)
         if out is not None:
             self._fill(store, batch_key, keys, Path(out).expanduser(), overwrite, chosen, reporter)
             return Mapped.open(out)
         with tempfile.TemporaryDirectory(prefix="schelix-map-") as scratch:
             folder = Path(scratch) / "mapped"
             self._fill(store, batch_key, keys, folder, False, chosen, reporter)
-            return Mapped(_read(folder), read_json(folder / "manifest.json"), None)
+            return Mapped(read_mapped(folder), read_json(folder / "manifest.json"), None)
 
     def _fill(
         self,
@@ -189,19 +140,19 @@ class Reference:
     ) -> None:
         """Do the stages of a mapping in a directory, and write its manifest."""
         refuse_inside(self.path, out)
-        check_names(store)
         batches = query_batches(store, batch_key, self.frozen.config.data.batch_key)
+        check_keys(keys)
         labels = self._label_columns(keys)
         source = self._description(store)
         with RunDirectory.claim(out, self.frozen.config, source, overwrite) as directory:
             query = self.query(store, batches, directory, settings, reporter)
+            project(query)  # first: genes that do not fit are found at once
+            correct(query)
             calibration_key = (keys, settings.calibration_cells, settings.calibration_batches)
             with self._lock:  # calibrated once for all threads
                 known = self._calibrations.get(calibration_key)
                 calibration, _ = find_calibration(query, labels, known)
                 self._calibrations[calibration_key] = calibration
-            project(query)
-            correct(query)
             find_neighbors(query)
             encode_query(query, labels, calibration)
             if not (directory.path / "manifest.json").exists():
@@ -214,10 +165,11 @@ class Reference:
         directory: RunDirectory,
         settings: MapConfig,
         reporter: Reporter | None = None,
+        needs: Sequence[str] = NEEDED,
     ) -> Query:
         """Return a mapping of a store in a claimed directory, with all that threads share computed before."""
         frozen = self.frozen
-        self._once.ready("clusters", "novelty", "index", "model", "diffused", "neighbor_operator", "fingerprint")
+        self._once.ready(*needs)
         if store.n_cells * frozen.config.graph.k >= frozen.n_cells:
             self._once.ready("materialized")
         return Query(
@@ -306,42 +258,3 @@ def map_cells(
             reporter=reporter or RichReporter(),
             **settings,
         )
-
-
-def query_batches(store: CellStore, batch_key: str | None, default: str) -> Batches:
-    """Read the batches of a query: of the key that was given, else of the reference's, else files, else one batch."""
-    if batch_key is None and all(name in store.obs_columns for name in batch_columns(store, default)):
-        batch_key = default
-    elif batch_key is None and isinstance(store, JoinedStore):
-        batch_key = store.file_column
-    if batch_key is None:
-        n = store.n_cells
-        name = Path(store.source).stem or "query"
-        return Batches(np.zeros(n, np.int32), [name], np.array([n]))
-    return read_batches(store, batch_key, least=1)
-
-
-def refuse_inside(run: Path, out: Path) -> None:
-    """Raise if a directory is the reference, inside it, or holds it.
-
-    Raises
-    ------
-    RunError
-        It is; the reference is never written to.
-    """
-    there, home = out.resolve(), run.resolve()
-    if there == home or there.is_relative_to(home) or home.is_relative_to(there):
-        raise RunError(f"{out} is the reference, inside it or around it; it is never changed. Name another directory.")
-
-
-def merged_settings(config: MapConfig | str | Path | None, settings: dict[str, Any]) -> MapConfig:
-    """Combine settings, or a TOML file of them, with single ones, which win."""
-    if isinstance(config, MapConfig):
-        return load_map_config(None, {**config.model_dump(), **settings})
-    return load_map_config(config, settings)
-
-
-def _read(folder: Path) -> AnnData:
-    import anndata
-
-    return anndata.read_zarr(folder / MAPPED)

@@ -18,6 +18,7 @@ from schelix_scale.graph.vectors import row_blocks, unit_rows
 from schelix_scale.mapping.correction import PROBES, fit_batch, shifted
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
+from schelix_scale.scheduling import run_tasks
 from schelix_scale.transfer import (
     NOT_LABELLED,
     LabelCalibration,
@@ -31,18 +32,30 @@ EXACT_BELOW = 60_000
 WIDER = 6
 FIT_CELLS = 2_000
 LEAST = 20
+ENOUGH = 100  # cells from which on a batch has its full weight
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Of novelty, and of each label column."""
+    """Of novelty, and of each label column.
+
+    Attributes
+    ----------
+    novelty, unlabelled
+        Of held-out cells whose labels other batches have too, and of all held-out cells.
+    labels
+        One a column.
+    """
 
     novelty: NoveltyCalibration
+    unlabelled: NoveltyCalibration
     labels: tuple[LabelCalibration, ...]
 
     def save(self, path: Path) -> None:
         """Write all arrays to an .npz file."""
-        arrays: dict[str, np.ndarray] = {"novelty": self.novelty.scores_s, "novelty_weight": self.novelty.weight_s}
+        arrays: dict[str, np.ndarray] = {}
+        for name, part in (("novelty", self.novelty), ("unlabelled", self.unlabelled)):
+            arrays |= {name: part.scores_s, f"{name}_weight": part.weight_s}
         for place, label in enumerate(self.labels):
             arrays |= {f"scores_{place}": label.scores_s, f"weight_{place}": label.weight_s}
             arrays[f"sharpening_{place}"] = np.array([label.temperature, label.floor])
@@ -62,7 +75,10 @@ class Calibration:
                 )
                 for i in range(count)
             )
-            return cls(NoveltyCalibration(file["novelty"], file["novelty_weight"]), labels)
+            novelty, unlabelled = (
+                NoveltyCalibration(file[name], file[f"{name}_weight"]) for name in ("novelty", "unlabelled")
+            )
+            return cls(novelty, unlabelled, labels)
 
 
 @dataclass(frozen=True)
@@ -76,7 +92,11 @@ class _HeldOut:
 
 
 def calibrate(
-    frozen: Frozen, labels: Sequence[Labels], settings: MapConfig, advance: Callable[[int], None] = lambda _: None
+    frozen: Frozen,
+    labels: Sequence[Labels],
+    settings: MapConfig,
+    threads: int = 1,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Calibration:
     """Hold out batches of the reference and fit what turns votes into probabilities and scores into p-values.
 
@@ -87,7 +107,7 @@ def calibrate(
     DataError
         Fewer than 20 held-out cells have a label that other batches have too.
     """
-    held_out = hold_out(frozen, settings, advance)
+    held_out = hold_out(frozen, settings, threads, advance)
     batch_s = frozen.batch_n[held_out.rows]
     seen_s = np.ones(len(batch_s), bool)
     fitted = []
@@ -102,31 +122,52 @@ def calibrate(
                 f"batch has too; {LEAST} are needed to calibrate it. Labels that are batches cannot be transferred."
             )
         votes = vote(held_out.distances[chosen], column.code_n[held_out.indices[chosen]], len(column.names))
-        fitted.append(LabelCalibration.fit(votes, true_s[chosen], batch_weights(batch_s[chosen])))
+        batch = batch_s[chosen]
+        fitted.append(LabelCalibration.fit(votes, true_s[chosen], batch_weights(batch, ENOUGH), batch))
     if not seen_s.any():
         seen_s[:] = True
-    novelty = NoveltyCalibration.fit(held_out.scores[seen_s], batch_weights(batch_s[seen_s]))
-    return Calibration(novelty, tuple(fitted))
+    novelty = NoveltyCalibration.fit(held_out.scores[seen_s], batch_weights(batch_s[seen_s], ENOUGH))
+    unlabelled = NoveltyCalibration.fit(held_out.scores, batch_weights(batch_s, ENOUGH))
+    return Calibration(novelty, unlabelled, tuple(fitted))
 
 
-def hold_out(frozen: Frozen, settings: MapConfig, advance: Callable[[int], None] = lambda _: None) -> _HeldOut:
-    """Map cells of batches of the reference onto the others."""
+def hold_out(
+    frozen: Frozen, settings: MapConfig, threads: int = 1, advance: Callable[[int], None] = lambda _: None
+) -> _HeldOut:
+    """Map cells of batches of the reference onto the others.
+
+    Raises
+    ------
+    DataError
+        The reference has one batch, or one beside which there are hardly any cells.
+    """
     rng = np.random.default_rng([frozen.config.seed, 0xCA1])
-    batches = np.unique(frozen.batch_n)
+    batches, sizes = np.unique(frozen.batch_n, return_counts=True)
     if len(batches) > settings.calibration_batches:
-        batches = np.sort(rng.choice(batches, settings.calibration_batches, replace=False))
+        drawn = np.sort(rng.choice(len(batches), settings.calibration_batches, replace=False))
+        batches, sizes = batches[drawn], sizes[drawn]
     share = max(1, settings.calibration_cells // len(batches))
-    chosen, moved = [], []
-    for batch in batches:
+    chosen: list[tuple[int, np.ndarray, np.ndarray]] = []
+    for batch, size in zip(batches.tolist(), sizes, strict=True):
         cells = np.flatnonzero(frozen.batch_n == batch)
-        fit = np.sort(rng.choice(cells, min(FIT_CELLS, len(cells)), replace=False))
+        fit = np.sort(rng.choice(cells, min(FIT_CELLS, size), replace=False))
         rows = np.sort(rng.choice(fit, min(share, len(fit)), replace=False))
-        if len(cells) < frozen.n_cells - frozen.config.graph.k:
-            chosen.append(rows)
-            moved.append(_corrected(frozen, int(batch), fit, rows))
-        advance(share)
-    rows, corrected = np.concatenate(chosen), np.concatenate(moved)
-    indices, distances = _neighbors_elsewhere(frozen, corrected, frozen.batch_n[rows])
+        if size < frozen.n_cells - frozen.config.graph.k:
+            chosen.append((batch, fit, rows))
+    moved: list[np.ndarray] = [np.zeros(0)] * len(chosen)
+
+    def task(place: int) -> int:
+        moved[place] = _corrected(frozen, *chosen[place])
+        return share
+
+    run_tasks(task, range(len(chosen)), threads, None, advance)
+    if not chosen:
+        raise DataError(
+            f"the reference {frozen.directory.path} has {len(batches)} batches, none of which can be held out: "
+            f"{frozen.config.graph.k} cells must be left. Mapping is calibrated on held-out batches."
+        )
+    rows, corrected = np.concatenate([rows for _, _, rows in chosen]), np.concatenate(moved)
+    indices, distances = _neighbors_elsewhere(frozen, corrected, frozen.batch_n[rows], threads)
     scores = frozen.novelty(np.asarray(frozen.raw_na[rows]), corrected, distances)
     return _HeldOut(rows, indices, distances, scores)
 
@@ -144,7 +185,7 @@ def _corrected(frozen: Frozen, batch: int, fit: np.ndarray, rows: np.ndarray) ->
 
 
 def _neighbors_elsewhere(
-    frozen: Frozen, corrected_md: np.ndarray, batch_m: np.ndarray
+    frozen: Frozen, corrected_md: np.ndarray, batch_m: np.ndarray, threads: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Neighbours of cells among those of other batches than their own: (m, k) rows and distances.
 
@@ -154,7 +195,7 @@ def _neighbors_elsewhere(
     indices, distances = np.zeros((m, k), np.int64), np.zeros((m, k), np.float32)
     done_m = np.zeros(m, bool)
     if frozen.n_cells > EXACT_BELOW:
-        found, away = frozen.index.query(corrected_md, min(WIDER * k, frozen.n_cells))
+        found, away = frozen.index.query(corrected_md, min(WIDER * k, frozen.n_cells), threads)
         own = frozen.batch_n[found] == batch_m[:, None]
         done_m = (~own).sum(axis=1) >= k
         order = np.argsort(own, axis=1, kind="stable")[:, :k]

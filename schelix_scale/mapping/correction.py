@@ -95,11 +95,12 @@ class Clusters:
 
     def weights(self, z_nd: np.ndarray) -> np.ndarray:
         """Soft cluster weights (n, K) of corrected cells of a new batch: no batch is expected anywhere."""
-        unit = z_nd / np.maximum(np.linalg.norm(z_nd, axis=1, keepdims=True), 1e-12)
-        logits = 2.0 / SIGMA * (unit @ self.correction.centroids_kd.T)
-        logits -= logits.max(axis=1, keepdims=True)
-        weights = np.exp(logits)
-        return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+        steep = 2.0 / SIGMA / np.maximum(np.sqrt(np.einsum("nd,nd->n", z_nd, z_nd)), 1e-12)
+        weights: np.ndarray = (z_nd * steep[:, None].astype(z_nd.dtype)) @ self.correction.centroids_kd.T
+        weights -= weights.max(axis=1, keepdims=True)
+        np.exp(weights, out=weights)
+        weights /= weights.sum(axis=1, keepdims=True)
+        return weights
 
     def extended(self, shifts: list[BatchShift]) -> tuple[MixtureCorrection, np.ndarray]:
         """Return the reference's correction, and its shifts of the Variants, with new batches after its own."""
@@ -165,15 +166,15 @@ def fit_batch(
     prior_kd = np.zeros_like(clusters.centre_kd) if like < 0 else clusters.correction.shift_kbd[:, like].astype(float)
     prior_kv = np.zeros((k, v)) if like < 0 else clusters.variant_shift_kbd[:, like].astype(float)
     ridge_k = np.maximum(RIDGE_SHARE * clusters.share_k * len(anchor_nd), PRIOR_CELLS)
-    shift_kd, held_k = prior_kd, np.zeros(k, bool)
+    shift_kd, kept_k = prior_kd, np.ones(k)
     count_k = np.zeros(k)
     for _ in range(ROUNDS):  # always as many: to stop early would hang on the last digits
         count_k, residual_kd = _residuals(clusters, anchor_nd, anchor_nd, shift_kd, clusters.centre_kd)
-        departure_kd, held_k = _plausible(clusters, residual_kd - prior_kd, count_k)
+        departure_kd, kept_k = _plausible(clusters, residual_kd - prior_kd, count_k)
         shift_kd = prior_kd + (count_k / (count_k + ridge_k))[:, None] * departure_kd
     count_k, residual_kv = _residuals(clusters, anchor_nd, variant_nv, shift_kd, clusters.variant_kv)
-    variant_kv = prior_kv + np.where(held_k, 0.0, count_k / (count_k + ridge_k))[:, None] * (residual_kv - prior_kv)
-    return BatchShift(shift_kd, variant_kv, like, float(count_k[held_k].sum() / max(count_k.sum(), 1e-9)))
+    variant_kv = prior_kv + (kept_k * count_k / (count_k + ridge_k))[:, None] * (residual_kv - prior_kv)
+    return BatchShift(shift_kd, variant_kv, like, float(((1 - kept_k) * count_k).sum() / max(count_k.sum(), 1e-9)))
 
 
 def _residuals(
@@ -221,19 +222,25 @@ def _nearness(clusters: Clusters, corrected_pd: np.ndarray) -> float:
 
 
 def _plausible(clusters: Clusters, departure_kd: np.ndarray, count_k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hold back what is no batch effect: return the displacements beyond the prior, (K, d), and where they were held.
+    """Hold back what is no batch effect: return the displacements beyond the prior, (K, d), and how far they are kept.
 
     What most of the batch's clusters share is believed whatever its size, if there are enough of them to tell (3
     evenly filled ones); what a cluster has beyond that, or a batch of fewer clusters at all, up to what is usual in
-    the reference.
+    the reference. All is continuous, so that the last digits of sums, which hang on their order, decide nothing.
+
+    Returns
+    -------
+    (K, d) displacements, and (K,) from 1, where little was held back, to 0, where three quarters or more were.
     """
     spread = count_k.sum() ** 2 / max((count_k**2).sum(), 1e-9)
-    common_d = _weighted_median(departure_kd, count_k)
-    if spread < COHERENT:
-        common_d = _held(common_d[None], clusters.usual_shift)[0]
+    told = float(np.clip(spread - COHERENT + 0.5, 0.0, 1.0))
+    median_d = _weighted_median(departure_kd, count_k)
+    common_d = told * median_d + (1 - told) * _held(median_d[None], clusters.usual_shift)[0]
     own_kd = departure_kd - common_d
-    held_kd = _held(own_kd, clusters.usual_departure if spread >= COHERENT else clusters.usual_shift)
-    return common_d + held_kd, np.linalg.norm(held_kd, axis=1) < 0.5 * np.linalg.norm(own_kd, axis=1)
+    limit = told * clusters.usual_departure + (1 - told) * clusters.usual_shift
+    norm_k = np.linalg.norm(own_kd, axis=1)
+    share_k = np.minimum(1.0, (limit / np.maximum(norm_k, 1e-12)) ** 2)
+    return common_d + share_k[:, None] * own_kd, np.clip(2 * share_k - 0.5, 0.0, 1.0)
 
 
 def _held(vectors_kd: np.ndarray, limit: float) -> np.ndarray:
@@ -243,12 +250,13 @@ def _held(vectors_kd: np.ndarray, limit: float) -> np.ndarray:
 
 
 def _weighted_median(values_kd: np.ndarray, weight_k: np.ndarray) -> np.ndarray:
-    """Median of each column, rows weighted."""
+    """Median of each column, rows weighted; between two rows where half the weight lies between their middles."""
     order = np.argsort(values_kd, axis=0, kind="stable")
-    below = np.cumsum(weight_k[order], axis=0)
-    place = (below < 0.5 * below[-1]).sum(axis=0)
-    columns = np.arange(values_kd.shape[1])
-    return np.asarray(values_kd[order[np.minimum(place, len(order) - 1), columns], columns])
+    weight_kd = weight_k[order]
+    middle = np.cumsum(weight_kd, axis=0) - weight_kd / 2
+    ranked = np.take_along_axis(values_kd, order, axis=0)
+    half = weight_k.sum() / 2
+    return np.array([np.interp(half, middle[:, d], ranked[:, d]) for d in range(values_kd.shape[1])])
 
 
 def shifted(

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
-import threading
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from schelix_scale._version import __version__
-from schelix_scale.context import BATCH
 from schelix_scale.errors import TrainingError
 from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.mapping.calibration import Calibration, calibrate
+from schelix_scale.mapping.columns import (
+    DISTANCE,
+    NOVELTY,
+    OF_BATCH,
+    P_VALUE,
+    LabelColumns,
+    create_mapped,
+    finish_mapped,
+    query_obs,
+)
 from schelix_scale.mapping.diffusion import query_weights
 from schelix_scale.mapping.novelty import NEIGHBORS
 from schelix_scale.mapping.query import BLOCK, CORRECTED, DISTANCES, INDICES, MOVES, RAW, STREAMS, Query
@@ -26,30 +31,25 @@ from schelix_scale.mapping.reference import Frozen
 from schelix_scale.records import StageRecord
 from schelix_scale.scheduling import run_tasks
 from schelix_scale.stages.graph import graph_settings
-from schelix_scale.transfer import UNKNOWN, Labels, vote
+from schelix_scale.transfer import NOT_LABELLED, Labels, vote
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CALIBRATION, MAPPED = "calibration.npz", "mapped.zarr"
-PREFIX = "schelix_"
-NOVELTY, P_VALUE, DISTANCE = f"{PREFIX}novelty", f"{PREFIX}novelty_p", f"{PREFIX}distance"
-BETWEEN = "; "
-PLAIN = ("string", "boolean", "empty")
-_WRITING = threading.Lock()  # anndata's settings and the filter of warnings are those of the whole process
 
 
 def find_calibration(query: Query, labels: Sequence[Labels], known: Calibration | None) -> tuple[Calibration, Any]:
     """Calibrate on held-out batches of the reference, or take what is ``known``, and keep it in the directory."""
     settings = query.settings
-    inputs: dict[str, Any] = {"labels": [column.key for column in labels]}
+    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 2}
     inputs |= {"cells": settings.calibration_cells, "batches": settings.calibration_batches}
 
     def make() -> tuple[list[str], dict[str, Any]]:
         found = known
         if found is None:
             with query.reporter.stage("calibrate", settings.calibration_cells) as progress:
-                found = calibrate(query.frozen, labels, settings, progress.advance)
+                found = calibrate(query.frozen, labels, settings, query.threads, progress.advance)
         with query.directory.publish(CALIBRATION) as path:
             found.save(path)
         details = {"held_out_cells": len(found.novelty.scores_s)}
@@ -57,7 +57,13 @@ def find_calibration(query: Query, labels: Sequence[Labels], known: Calibration 
         return [CALIBRATION], details | {column.key: {"temperature": fit.temperature} for column, fit in fits}
 
     record = query.stage("calibrate", inputs, [], make)
-    return Calibration.load(query.directory.path / CALIBRATION), record
+    calibration = Calibration.load(query.directory.path / CALIBRATION)
+    if calibration.novelty.least > settings.novelty > 0:
+        query.reporter.warn(
+            f"the held-out cells of the reference tell p-values of {calibration.novelty.least:.2g} and above: no cell "
+            f"is found novel at {settings.novelty:g}. Raise novelty (--set novelty=) or calibration_cells"
+        )
+    return calibration, record
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ def encode_cells(
     """Diffuse and encode query cells as the reference's own were, without training.
 
     A cell that is novel at ``level`` keeps its own features the more, the smaller its p-value is: its neighbours are
-    not its kind, and their mean would make it one of them.
+    not its kind, and their mean would make it one of them. That p-value is one that no labels have a part in: a latent
+    does not depend on which labels are asked for.
 
     Parameters
     ----------
@@ -109,7 +116,8 @@ def encode_cells(
     weights = query_weights(distances_mk, width_mk, frozen.batch_n[indices_mk], frozen.theta, settings.kernel_neighbor)
     score = frozen.novelty(raw_ma, features[0], distances_mk)
     p_value = calibration.novelty.p_values(score)
-    kept = np.minimum(1.0, p_value / level) if level > 0 else np.ones(len(p_value))
+    without_labels = calibration.unlabelled.p_values(score)
+    kept = np.minimum(1.0, without_labels / level) if level > 0 else np.ones(len(p_value))
     diffused = [
         levels.diffuse(indices_mk, weights, own, settings.hops, kept)
         for levels, own in zip(frozen.diffused, features, strict=True)
@@ -149,41 +157,11 @@ def _part(latent: Any, part: str) -> Tensor:
     return chosen
 
 
-class LabelColumns:
-    """The labels, probabilities and sets of n cells, filled block by block."""
-
-    def __init__(self, labels: Labels, n: int) -> None:
-        self.labels = labels
-        self.code_n = np.full(n, -1, np.int32)
-        self.probability_n = np.zeros(n, np.float32)
-        self.set_n = np.zeros((n, -(-len(labels.names) // 8)), np.uint8)
-
-    def fill(self, start: int, probabilities: np.ndarray, sets: np.ndarray, novel: np.ndarray) -> None:
-        """Write a block of m cells: probabilities and sets (m, l), and which cells are novel (m,)."""
-        rows = slice(start, start + len(novel))
-        self.code_n[rows] = np.where(novel, -1, probabilities.argmax(axis=1))
-        self.probability_n[rows] = probabilities.max(axis=1)
-        self.set_n[rows] = np.packbits(sets & ~novel[:, None], axis=1)
-
-    def table(self) -> dict[str, Any]:
-        """Return the obs columns: label (``unknown`` for a novel cell), probability, set."""
-        names = [*self.labels.names, UNKNOWN]
-        patterns, place = np.unique(self.set_n, axis=0, return_inverse=True)
-        members = np.unpackbits(patterns, axis=1, count=len(self.labels.names)).astype(bool)
-        texts = [BETWEEN.join(np.array(self.labels.names, object)[row]) or UNKNOWN for row in members]
-        key = f"{PREFIX}{self.labels.key}"
-        code = np.where(self.code_n < 0, len(names) - 1, self.code_n)
-        return {
-            key: pd.Categorical.from_codes(code, pd.Index(names)),
-            f"{key}_probability": self.probability_n,
-            f"{key}_set": pd.Categorical(np.array(texts, object)[place.ravel()]),
-        }
-
-
 def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibration) -> StageRecord:
     """Write mapped.zarr: obs with labels and novelty, and the latents."""
     frozen, settings, n = query.frozen, query.settings, query.store.n_cells
     inputs = {"labels": [column.key for column in labels], "coverage": settings.coverage, "novelty": settings.novelty}
+    inputs |= {"obs": query.store.obs_fingerprint(), "version": 2}
 
     def make() -> tuple[list[str], dict[str, Any]]:
         raw = query.load(RAW.format("anchor"))
@@ -195,7 +173,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
         columns = [LabelColumns(column, n) for column in labels]
         with query.directory.publish(MAPPED) as path, query.reporter.stage("map", n) as progress:
             widths = {key: part.shape[1] for key, part in _probe(frozen).items()}
-            arrays = _create(path, n, widths)
+            arrays = create_mapped(path, n, widths)
 
             def task(span: tuple[int, int]) -> int:
                 rows = slice(*span)
@@ -211,15 +189,16 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
                 for column, fit in zip(columns, calibration.labels, strict=True):
                     votes = vote(far, column.labels.code_n[near], len(column.labels.names))
                     sharp = fit.probabilities(votes)
-                    column.fill(span[0], sharp, fit.sets(sharp, settings.coverage), novel)
+                    voted = (column.labels.code_n[near] != NOT_LABELLED).any(axis=1)
+                    column.fill(span[0], sharp, fit.sets(sharp, settings.coverage), novel, voted)
                 return span[1] - span[0]
 
             run_tasks(task, list(row_blocks(n, BLOCK)), query.threads, None, progress.advance)
-            table = _obs(query)
-            table[f"{PREFIX}batch"] = pd.Categorical.from_codes(query.batches.codes, pd.Index(query.batches.names))
+            table = query_obs(query)
+            table[OF_BATCH] = pd.Categorical.from_codes(query.batches.codes, pd.Index(query.batches.names))
             for column in columns:
                 table = table.assign(**column.table())
-            _finish(path, table.assign(**found), _uns(query))
+            finish_mapped(path, table.assign(**found), _uns(query))
         novel = float((found[P_VALUE] <= settings.novelty).mean())
         return [MAPPED], {"dims": widths, "labels": [column.key for column in labels], "novel_share": round(novel, 6)}
 
@@ -232,18 +211,6 @@ def _probe(frozen: Frozen) -> dict[str, np.ndarray]:
     return latents(frozen, [np.zeros((1, hops, width), np.float32) for width in frozen.streams.dims])
 
 
-def _obs(query: Query) -> pd.DataFrame:
-    """Return the query's own obs columns, in forms that zarr can hold."""
-    table = query.store.obs().copy()
-    for name in table.columns:
-        kind = table[name].dtype
-        if kind.kind == "O" and pd.api.types.infer_dtype(table[name], skipna=True) not in PLAIN:
-            table[name] = table[name].astype(str)
-    table.columns = [str(name).replace("/", "_") for name in table.columns]
-    table.index = pd.Index(query.store.cell_names, name=None)
-    return table.drop(columns=[name for name in table.columns if name == BATCH or name.startswith(PREFIX)])
-
-
 def _uns(query: Query) -> dict[str, Any]:
     details = query.directory.record("project").details
     return {
@@ -254,38 +221,3 @@ def _uns(query: Query) -> dict[str, Any]:
         "settings": query.settings.model_dump_json(),
         "genes": json.dumps({key: details[key] for key in details if key.startswith(("genes", "used"))}),
     }
-
-
-def _create(path: Path, n: int, widths: dict[str, int]) -> dict[str, Any]:
-    """Make a zarr of n cells with empty obsm arrays, a block a chunk."""
-    import anndata
-    import zarr
-
-    with _WRITING, _quiet(), anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
-        anndata.AnnData(obs=pd.DataFrame(index=pd.RangeIndex(n).astype(str))).write_zarr(path)
-    obsm = zarr.open_group(path / "obsm", mode="r+")
-    arrays = {}
-    for key, width in widths.items():
-        arrays[key] = obsm.create_array(key, shape=(n, width), chunks=(BLOCK, width), dtype="float32")
-        arrays[key].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-    return arrays
-
-
-def _finish(path: Path, obs: pd.DataFrame, uns: dict[str, Any]) -> None:
-    """Write obs and uns, and the consolidated metadata."""
-    import anndata
-    import zarr
-    from anndata.io import write_elem
-
-    with _WRITING, _quiet(), anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
-        root = zarr.open_group(path, mode="r+", use_consolidated=False)
-        write_elem(root, "obs", obs)
-        write_elem(root, "uns", {"schelix": uns})
-        zarr.consolidate_metadata(path)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Consolidated metadata is currently not part")
-        yield

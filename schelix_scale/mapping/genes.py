@@ -18,6 +18,7 @@ from schelix_scale.stores.base import CellStore
 from schelix_scale.stores.memory import MemoryStore
 
 NAMES = "var_names"
+NO_NAME = ("", "nan", "none", "<na>", "na")
 _VERSION = re.compile(r"^(ENS[A-Z]*\d{6,})\.\d+$")
 
 
@@ -73,8 +74,8 @@ def match_genes(store: CellStore, genes: pd.DataFrame, used_g: np.ndarray, gene_
     DataError
         The query has no such column.
     """
-    ours = {NAMES: genes.index.astype(str)} | {
-        str(name): pd.Index(genes[name].astype(str)) for name in genes if genes[name].dtype == object
+    ours = {NAMES: _texts(genes.index)} | {
+        str(name): _texts(genes[name]) for name in genes if genes[name].dtype == object
     }
     ours.pop("role", None)
     theirs = query_names(store)
@@ -100,10 +101,16 @@ def query_names(store: CellStore) -> dict[str, pd.Index]:
     table = store.gene_table()
     if table is None and isinstance(store, AnnDataStore | MemoryStore):
         table = store.gene_columns()
-    names = {NAMES: pd.Index(store.gene_names.astype(str))}
+    names = {NAMES: _texts(store.gene_names)}
     if table is not None:
-        names |= {str(name): pd.Index(table[name].astype(str)) for name in table}
-    return {name: index.map(lambda text: _VERSION.sub(r"\1", text)) for name, index in names.items()}
+        names |= {str(name): _texts(table[name]) for name in table}
+    return names
+
+
+def _texts(names: pd.Index | pd.Series) -> pd.Index:
+    """Names as text, without versions of ids; what is missing is empty, and matches nothing."""
+    texts = pd.Series(np.asarray(names, dtype=object)).map(str).str.strip()
+    return pd.Index(texts.mask(texts.str.casefold().isin(NO_NAME), "").map(lambda text: _VERSION.sub(r"\1", text)))
 
 
 def require_genes(match: GeneMatch, store: CellStore, genes: pd.DataFrame, minimum: float) -> None:
@@ -206,9 +213,12 @@ def _restricted(
 
 
 def _places(names: pd.Index, query: pd.Index) -> np.ndarray:
-    """Positions of names in the query's, (g,) int64, -1 for none; of a repeated one the first."""
-    stripped = names.map(lambda text: _VERSION.sub(r"\1", text))
-    first = ~query.duplicated()
-    where = np.flatnonzero(first)
-    found = query[first].get_indexer(stripped)
-    return np.where(found >= 0, where[found], -1).astype(np.int64)
+    """Positions of names in the query's, (g,) int64, -1 for none.
+
+    Of a name that the query repeats the first is taken, and of one that the reference repeats the first is matched, so
+    that no value counts for two genes.
+    """
+    where = np.flatnonzero(~query.duplicated())
+    found = query[where].get_indexer(names)
+    matched = (found >= 0) & (names != "") & ~names.duplicated()
+    return np.where(matched, where[found], -1).astype(np.int64)

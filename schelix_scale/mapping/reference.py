@@ -248,13 +248,22 @@ class Frozen:
         there = [
             name for name in parquet.read_schema(path).names if name not in (ROW, BATCH) and not name.startswith("__")
         ]
-        missing = [key for key in keys if key not in there]
+        names = {key: key.replace("/", "_") for key in keys}  # as cells.parquet has them
+        missing = [key for key, name in names.items() if name not in there]
         if missing:
             raise DataError(
                 f"the reference {self.directory.path} carries no obs column {', '.join(map(repr, missing))} "
                 f"(label_key). It has: {', '.join(there)}."
             )
-        found = [Labels.of_column(key, list(pd.read_parquet(path, columns=[key])[key])) for key in keys]
+        table = pd.read_parquet(path, columns=list(dict.fromkeys(names.values())))
+        for key, name in names.items():
+            column = table[name]
+            if pd.api.types.is_float_dtype(column) and (column.dropna() % 1 != 0).any():
+                raise DataError(
+                    f"the obs column {key!r} of the reference has numbers such as {column.dropna().iloc[0]:g}; labels "
+                    "are names or whole numbers. Divide it into categories to transfer it."
+                )
+        found = [Labels.of_column(key, list(table[name])) for key, name in names.items()]
         for labels in found:
             if len(labels.names) < 2:
                 raise DataError(

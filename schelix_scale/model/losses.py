@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
@@ -52,7 +54,7 @@ def _contrast_block(
     own = torch.arange(first, first + len(logits), device=logits.device)
     same = query_batch_m[:, None] == target_batch_n[None, :]
     same[own - first, own] = False
-    logits = logits + same * torch.log(torch.tensor(SAME_BATCH_WEIGHT, device=logits.device))
+    logits = logits + same * math.log(SAME_BATCH_WEIGHT)  # a number: a tensor of it would have to wait for a GPU
     return cross_entropy(logits, own, reduction="sum")
 
 

@@ -176,8 +176,15 @@ def _divided(context: Context, details: dict[str, Any]) -> str:
 
 
 def _described(context: Context, genes: pd.DataFrame) -> pd.DataFrame:
-    """Add what else the source knows of its genes (``feature_name``), as text columns."""
-    known = context.store.gene_table()
+    """Add what else the source knows of its genes (``feature_name``, other ids), as text columns."""
+    from schelix_scale.stores.anndata import AnnDataStore
+    from schelix_scale.stores.memory import MemoryStore
+
+    store, known = context.store, context.store.gene_table()
+    if known is None and isinstance(store, AnnDataStore | MemoryStore):
+        table = store.gene_columns()
+        many = [name for name in table if name not in genes and 2 * table[name].nunique() > len(table)]
+        known = table[many]  # what most genes share is no name
     return genes if known is None else genes.assign(**{name: known[name].astype(str).to_numpy() for name in known})
 
 

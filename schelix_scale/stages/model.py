@@ -14,6 +14,7 @@ from schelix_scale.budget import STREAM_SHARE
 from schelix_scale.compute import resolve_device, torch_at_work
 from schelix_scale.config import WATCHING
 from schelix_scale.context import BATCH, ROW, Context, Make
+from schelix_scale.publish import checksum
 from schelix_scale.run import RunDirectory
 from schelix_scale.stages.graph import open_cache
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from schelix_scale.training.loop import Training
 
 SCALED = ("anchor_residual", "gate", "pull")
+DRAWS = 2  # raised when labels are drawn otherwise
 
 
 def train_model(context: Context, directory: RunDirectory) -> None:
@@ -39,6 +41,7 @@ def train_model(context: Context, directory: RunDirectory) -> None:
     from schelix_scale.training.dist import ALONE
     from schelix_scale.training.loop import build_model, train, weights
     from schelix_scale.training.refresh import open_features
+    from schelix_scale.training.warm import START
 
     settings, ranks = train_settings(context.config), context.ranks or ALONE
     shuffle = _shuffle(context, settings)
@@ -52,7 +55,7 @@ def train_model(context: Context, directory: RunDirectory) -> None:
             if settings.refresh and not features.variant_ntv.shape[2]:
                 context.reporter.warn("train.refresh does nothing: a run without Variants has one phase, no between")
             training = _training(context, directory, settings, cache, device, fingerprint)
-            model, features = train(training, features, context.reporter)
+            model, features = train(training, features, context.reporter, warm)
             last = checkpoint_name(len(training.phases(model)), 0)
         else:
             start = weights(build_model(features, settings, context.config.seed))
@@ -61,7 +64,7 @@ def train_model(context: Context, directory: RunDirectory) -> None:
                 clear_checkpoints(folder)
                 save_checkpoint(folder, TrainState(0, 0, first, 0.0, 0, start, start, None), fingerprint)
         fresh = [] if features.operator_id == first else cache.artifacts(features.operator_id)
-        return ["checkpoints", *fresh], {
+        return ["checkpoints", *fresh, *([START] if warm else [])], {
             "operator_id": features.operator_id,
             "checkpoint": last,
             "device": str(device),
@@ -70,10 +73,13 @@ def train_model(context: Context, directory: RunDirectory) -> None:
         }
 
     inputs = {"train": settings.model_dump(mode="json", exclude=set(WATCHING)), "seed": context.config.seed}
+    warm = directory.path / START if settings.enabled and (directory.path / START).exists() else None
+    if warm is not None:
+        inputs["start"] = checksum(warm)
     if shuffle is not None:
         inputs["shuffle"] = list(shuffle)  # follows from the memory, and decides the order of steps
     if context.known_labels is not None:
-        inputs["labels"] = context.known_labels.digest
+        inputs["labels"] = [context.known_labels.digest, DRAWS]
     with torch_at_work(ranks.threads(context.threads)), _deterministic(settings.deterministic):
         _on_all_ranks(context, directory, ranks, "train", 2, inputs, ["graph"], make)
 
@@ -81,18 +87,22 @@ def train_model(context: Context, directory: RunDirectory) -> None:
 def embed_cells(context: Context, directory: RunDirectory) -> None:
     """Write embedding.zarr, every cell at its row number; each rank writes blocks of rows of its own."""
     from schelix_scale.embedding import KEY, embedding_dims, output_keys, write_embedding
-    from schelix_scale.training.checkpoint import final_checkpoint
+    from schelix_scale.training.checkpoint import TrainState, final_checkpoint
     from schelix_scale.training.dist import ALONE
     from schelix_scale.training.loop import build_model
     from schelix_scale.training.refresh import open_features
 
     config, settings, ranks = context.config, train_settings(context.config), context.ranks or ALONE
 
-    def make(_: str) -> tuple[list[str], dict[str, Any]]:
+    def trained() -> tuple[dict[str, Any], TrainState | None]:
         details = directory.record("train").details
+        return details, final_checkpoint(directory.path / "checkpoints" / details["checkpoint"], details["key"])
+
+    def make(_: str) -> tuple[list[str], dict[str, Any]]:
+        details, state = ranks.agree(trained() if ranks.main else ({}, None))
         device = ranks.device(resolve_device(config.device))
         features = open_features(open_cache(context, directory), details["operator_id"])
-        state = final_checkpoint(directory.path / "checkpoints" / details["checkpoint"], details["key"])
+        assert state is not None, "the main rank has told the state"
         expression = _open_expression(context, directory, settings) if settings.loadings == "learned" else None
         model = build_model(features, settings, config.seed, expression).to(device)
         model.load_state_dict(state.model)
@@ -192,7 +202,10 @@ def _deterministic(wanted: bool) -> Iterator[None]:
     import torch
 
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(wanted or before)
+    if before or not wanted:  # nothing to change, and to say so loads much of torch
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:

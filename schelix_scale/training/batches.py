@@ -54,11 +54,10 @@ class Batches:
         rng, mine = np.random.default_rng(seed), self.mine(rows)
         steps = self.reach if self.phase == REFINE else WALK_STEPS
         draw_sm, operator = rng.random((steps, len(rows))), self.features.operator
-        if self.phase == REFINE and self.labels is not None:  # what a label draws depends on all walks of the step
-            path = walk(operator, rows, draw_sm)
-            ends = self.labels.redirect(path, self.label_share, rng)[mine]
-        else:
-            ends = walk(operator, rows[mine], draw_sm[:, mine])[-1]
+        path = walk(operator, rows[mine], draw_sm[:, mine])
+        ends = path[-1]
+        if self.phase == REFINE and self.labels is not None:
+            ends = self.labels.redirect(path, self.label_share, rng.random((3, len(rows)))[:, mine])
         own = self.features.cells(rows[mine], self.device, expressed)
         hops = LAST if self.phase == REFINE else ALL  # Refine takes their backbones only
         return StepCells(own, self.features.cells(ends, self.device, hops=hops), len(rows))
@@ -90,7 +89,7 @@ def ahead(batches: Generator[StepCells, None, None], device: torch.device) -> Ge
     """Yield what ``batches`` yields, which a thread asks for a few steps before it is needed."""
 
     def start() -> None:
-        if device.type == "cuda":
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
 
     def take() -> StepCells | None:

@@ -1,21 +1,30 @@
-"""Training state <-> ``checkpoints/step-*/state.pt``, published atomically; a torn one is never read."""
+"""Training state <-> ``checkpoints/step-*/``, published atomically; a torn or altered one is never used.
+
+``state.pt`` holds the state, ``state.sha256`` its checksum: torch reads a file whose bits have changed without a word.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from io import BytesIO
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
-from schelix_scale.errors import TrainingError
+from schelix_scale.errors import RunError, TrainingError
 from schelix_scale.publish import publish
 
-FORMAT = 2
+FORMAT, WITHOUT_CHECKSUM = 3, 2
 KEEP = 2
+STATE, CHECKSUM = "state.pt", "state.sha256"
+
+_NAME = re.compile(r"step-(\d+)-(\d+)")
 
 
 @dataclass
@@ -50,11 +59,14 @@ class TrainState:
 
 
 def save_checkpoint(folder: Path, state: TrainState, fingerprint: str, keep: int = KEEP) -> Path:
-    """Write ``folder/step-PP-SSSSSS/state.pt`` and drop all but the last ``keep``."""
+    """Write ``folder/step-PP-SSSSSS/`` and drop all but the last ``keep``."""
     target = folder / checkpoint_name(state.phase, state.step)
     with publish(target) as partial:
         partial.mkdir()
-        torch.save({"format": FORMAT, "fingerprint": fingerprint, **vars(state)}, partial / "state.pt")
+        content = BytesIO()
+        torch.save({"format": FORMAT, "fingerprint": fingerprint, **vars(state)}, content)
+        (partial / STATE).write_bytes(content.getbuffer())
+        (partial / CHECKSUM).write_text(hashlib.sha256(content.getbuffer()).hexdigest() + "\n", encoding="ascii")
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -65,7 +77,12 @@ def latest_checkpoint(
 ) -> TrainState | None:
     """Read the newest readable checkpoint of this training (by its fingerprint); None if there is none.
 
-    What is passed over, because it is torn or of another format, is told to ``warn``; of another training, it is not.
+    What is passed over, because it is torn, altered or of another format, is told to ``warn``.
+
+    Raises
+    ------
+    RunError
+        The disk does not let a checkpoint be read: another attempt may.
     """
     for path in reversed(_checkpoints(folder)):
         found = _read(path)
@@ -78,7 +95,7 @@ def latest_checkpoint(
 
 def newest(folder: Path) -> Path | None:
     """Return the newest checkpoint, whether it can be read or not."""
-    return max(_checkpoints(folder), default=None)
+    return next(reversed(_checkpoints(folder)), None)
 
 
 def clear_checkpoints(folder: Path) -> None:
@@ -105,21 +122,45 @@ def final_checkpoint(path: Path, fingerprint: str) -> TrainState:
 
 
 def checkpoint_name(phase: int, step: int) -> str:
-    """Name the folder of a checkpoint; names sort by progress."""
+    """Name the folder of a checkpoint."""
     return f"step-{phase:02d}-{step:06d}"
 
 
 def _read(path: Path) -> dict[str, Any] | str:
     """Return what a checkpoint holds, or what is wrong with it."""
     try:
-        found = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        content, told = (path / STATE).read_bytes(), None
+        if (path / CHECKSUM).exists():
+            told = (path / CHECKSUM).read_bytes().decode(errors="replace").strip()
+    except FileNotFoundError:
+        return "is incomplete"
+    except OSError as error:
+        raise RunError(
+            f"the checkpoint {path} cannot be read ({error}). If that passes, run the same command again: training "
+            "goes on from it. If it does not, delete it, and training goes on from the one before."
+        ) from error
+    if told is not None and told != hashlib.sha256(content).hexdigest():
+        return "is torn or altered: its checksum is another one"
+    try:
+        found = torch.load(BytesIO(content), map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, UnpicklingError, *_OF_DAMAGE) as error:
         return f"cannot be read ({type(error).__name__})"
     if not isinstance(found, dict) or not {"format", "fingerprint"} <= set(found):
         return "is no checkpoint of schelix"
     version = found.pop("format")
-    return dict(found) if version == FORMAT else f"has format {version}, this version of schelix reads {FORMAT}"
+    if version == FORMAT and told is None:
+        return "is incomplete"
+    if version not in (FORMAT, WITHOUT_CHECKSUM):
+        return f"has format {version}, this version of schelix reads {FORMAT}"
+    return dict(found) if set(found) == _HELD else "is no checkpoint of schelix"
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """Return all checkpoints, in the order of progress."""
+    found = {path: _NAME.fullmatch(path.name) for path in folder.glob("step-*") if path.is_dir()}
+    numbers = {path: (int(match[1]), int(match[2])) for path, match in found.items() if match}
+    return sorted(numbers, key=numbers.__getitem__)
+
+
+_OF_DAMAGE = (OSError, LookupError, TypeError, AttributeError)  # of files without a checksum, as torch reads them
+_HELD = {"fingerprint", *(field.name for field in fields(TrainState))}

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from schelix_scale.errors import ConfigError, RankLost
 
-TIMEOUT = timedelta(hours=12)  # of waiting for a rank that works alone, as on a new graph; one that ends is noticed
+ALONE_AT_WORK = timedelta(hours=12)  # of waiting for a rank that works alone, as on a new graph; its end is noticed
+IN_STEP = timedelta(minutes=30)  # the same in a step, where all do the same; NCCL does not notice that a rank has ended
 
 T = TypeVar("T")
 
@@ -35,12 +36,15 @@ class Ranks:
         Number of this process, and of how many.
     local_rank, local_world
         The same on this machine.
+    talk
+        The process group by which ranks agree, gloo also where they compute on GPUs; None: the only one.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
+    talk: Any = None
 
     @property
     def main(self) -> bool:
@@ -57,16 +61,20 @@ class Ranks:
         return max(1, threads // self.local_world)
 
     def device(self, name: str) -> torch.device:
-        """Return the device of this rank; of several GPUs each local rank takes one.
+        """Return the device of this rank, a GPU with its number; of several GPUs each local rank takes one.
 
         Raises
         ------
         ConfigError
-            One GPU was named for several ranks, or there are fewer GPUs than ranks here.
+            One GPU was named for several ranks, there are fewer GPUs than ranks here, or ranks cannot use the device.
         """
         device = torch.device(name)
-        if self.local_world == 1 or device.type != "cuda":
+        if device.type not in ("cpu", "cuda") and not self.alone:
+            raise ConfigError(f"device={name}: {self.world} ranks train on CPUs or on CUDA GPUs. Use device=cpu.")
+        if device.type != "cuda":
             return device
+        if self.local_world == 1:  # torch takes no device without its number where it is to be the current one
+            return torch.device("cuda", device.index or 0)
         if device.index is not None:
             raise ConfigError(f"device={name}: {self.local_world} ranks need a GPU each. Use device=cuda.")
         if self.local_world > torch.cuda.device_count():
@@ -86,7 +94,7 @@ class Ranks:
             return value
         said: list[Any] = [value]
         with self.together():
-            distributed.broadcast_object_list(said, src=0)
+            distributed.broadcast_object_list(said, src=0, group=self.talk, device=torch.device("cpu"))
         agreed: T = said[0]
         return agreed
 
@@ -115,6 +123,17 @@ class Ranks:
     def wait(self) -> None:
         """Wait until all ranks are here."""
         self.agree(None)
+
+    def left_to_main(self) -> RankLost:
+        """Wait until the main rank has said why all stop, and has ended; return what the others raise then.
+
+        Were they the first to end, torchrun would end the main rank before it has said it.
+        """
+        try:
+            self.wait()
+        except RankLost as lost:
+            return lost
+        return RankLost()
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -169,21 +188,30 @@ class _Gather(torch.autograd.Function):
 def joined(device: str, deterministic: bool = False) -> Iterator[Ranks]:
     """Join the ranks that torchrun has started, as long as the context lasts; alone without torchrun.
 
-    NCCL where the ranks compute on GPUs, gloo elsewhere.
+    Gradients go by NCCL where the ranks compute on GPUs, by gloo elsewhere; what ranks agree on always goes by gloo.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     ranks = Ranks(*(int(os.environ.get(name, default)) for name, default in _ENVIRONMENT))
-    if ranks.alone or distributed.is_initialized():
+    if ranks.alone:
         yield ranks
         return
-    here = ranks.device(device)
+    here, first = ranks.device(device), not distributed.is_initialized()
     if here.type == "cuda":
         torch.cuda.set_device(here)
     with ranks.together():
-        distributed.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=TIMEOUT)
-    yield ranks
-    distributed.destroy_process_group()  # not after an error: ranks that wait for each other would hang
+        if first and here.type == "cuda":
+            distributed.init_process_group("nccl", timeout=IN_STEP, device_id=here)
+        elif first:
+            distributed.init_process_group("gloo", timeout=IN_STEP)
+        talk = distributed.new_group(backend="gloo", timeout=ALONE_AT_WORK)
+    try:
+        yield replace(ranks, talk=talk)
+    except KeyboardInterrupt as interrupt:  # Ctrl-C reaches all ranks: the main one says it
+        if ranks.main:
+            raise
+        raise RankLost from interrupt
+    distributed.destroy_process_group(None if first else talk)  # not after an error: ranks that wait would hang
 
 
 _ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))

@@ -1,5 +1,7 @@
 """Labels that some cells have -> cells of their kind, towards which the others are pulled.
 
+What is drawn belongs to a walk: a rank needs the walks of its own cells only.
+
 A walk that is absorbed by the first labelled cell on its way finds each label as often as label propagation
 (Zhu et al. 2003) gives it to the cell where the walk began.
 """
@@ -44,23 +46,31 @@ class Labels:
         group_l = np.searchsorted(label[first], np.arange(int(label_n.max(initial=UNKNOWN)) + 2))
         return cls(label_n, order, np.r_[first, len(order)], group_l)
 
-    def draw(self, label_m: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Draw one cell of each label (m,): a batch that has the label, then a cell of it, both evenly."""
-        low, high = self.group_l[label_m], self.group_l[label_m + 1]
-        group = rng.integers(low, high)
-        cells: np.ndarray = self.cells_u[rng.integers(self.start_v[group], self.start_v[group + 1])]
+    def draw(self, label_m: np.ndarray, draw_2m: np.ndarray) -> np.ndarray:
+        """Return one cell of each label (m,): a batch that has the label, then a cell of it, both evenly.
+
+        ``draw_2m`` (2, m) are numbers in [0, 1), of the batch and of the cell.
+        """
+        group = _between(self.group_l[label_m], self.group_l[label_m + 1], draw_2m[0])
+        cells: np.ndarray = self.cells_u[_between(self.start_v[group], self.start_v[group + 1], draw_2m[1])]
         return cells
 
-    def redirect(self, path_sm: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    def redirect(self, path_sm: np.ndarray, share: float, draw_3m: np.ndarray) -> np.ndarray:
         """Return where each walk (its cells one below the other, (s, m)) leads: its end, or a cell of a known label.
 
         A walk that meets a labelled cell, with probability ``share``, leads to a cell drawn from the label of the first
-        one it meets.
+        one it meets. ``draw_3m`` (3, m) are numbers in [0, 1): of whether it does, and those of `draw`.
         """
         seen = self.label_n[path_sm]
         first = np.argmax(seen != UNKNOWN, axis=0)
         met = seen[first, np.arange(path_sm.shape[1])]
-        chosen = np.flatnonzero((met != UNKNOWN) & (rng.random(len(met)) < share))
+        chosen = np.flatnonzero((met != UNKNOWN) & (draw_3m[0] < share))
         ends: np.ndarray = path_sm[-1].copy()
-        ends[chosen] = self.draw(met[chosen], rng)
+        ends[chosen] = self.draw(met[chosen], draw_3m[1:, chosen])
         return ends
+
+
+def _between(low_m: np.ndarray, high_m: np.ndarray, draw_m: np.ndarray) -> np.ndarray:
+    """Return integers in [low, high), all as likely if the draws are even in [0, 1)."""
+    found: np.ndarray = np.minimum(low_m + (draw_m * (high_m - low_m)).astype(np.int64), high_m - 1)
+    return found

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from schelix_scale.errors import ConfigError, TrainingError
 from schelix_scale.progress import Reporter
 
 RESTARTS = 3
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)  # by torch, while ranks work
 
 
 def launch(nproc: int, arguments: Sequence[str], reporter: Reporter) -> None:
@@ -24,6 +28,8 @@ def launch(nproc: int, arguments: Sequence[str], reporter: Reporter) -> None:
         A rank has failed, after it has said why; or ranks were killed again and again.
     ConfigError
         Fewer than one process.
+    KeyboardInterrupt
+        Ctrl-C; all ranks have ended.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -43,10 +49,16 @@ def launch(nproc: int, arguments: Sequence[str], reporter: Reporter) -> None:
             max_restarts=0,
         )
         try:
-            elastic_launch(config, sys.executable)(*command)
+            with _signals_as_ever():
+                elastic_launch(config, sys.executable)(*command)
         except ChildFailedError as error:
             killed = {rank: -failure.exitcode for rank, failure in error.failures.items() if failure.exitcode < 0}
             killed = {rank: number for rank, number in killed.items() if number != signal.SIGTERM}
+            if all(failure.exitcode == -signal.SIGTERM for failure in error.failures.values()):
+                raise TrainingError(
+                    f"ranks of {nproc} were ended by SIGTERM. Run the same command again: it goes on from the last "
+                    "checkpoint."
+                ) from error
             if not killed:
                 raise TrainingError(f"a rank of {nproc} has failed; what it said stands above.") from error
             said = ", ".join(
@@ -60,3 +72,30 @@ def launch(nproc: int, arguments: Sequence[str], reporter: Reporter) -> None:
             reporter.warn(f"{said}; all ranks are started again and go on from the last checkpoint")
         else:
             return
+
+
+@contextmanager
+def _signals_as_ever() -> Iterator[None]:
+    """Let signals end this process as they would without ranks, which torch has ended then; put back its handlers.
+
+    For torch sets handlers of its own, also for what comes after it, and raises an exception of its own in them.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    here = threading.current_thread() is threading.main_thread()  # no other thread can set any, nor does torch
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in (HANDLED if here else ())}
+    try:
+        yield
+    except SignalException as asked:
+        _put_back(before)
+        if asked.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from asked
+        signal.raise_signal(asked.sigval)
+        raise TrainingError(f"the ranks were ended, as {asked.sigval.name} asked.") from asked  # if a handler returns
+    finally:
+        _put_back(before)
+
+
+def _put_back(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler if handler is not None else signal.SIG_DFL)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from schelix_scale.errors import ConfigError
-from schelix_scale.publish import partial_path
+from schelix_scale.publish import disk_errors, publish, remove
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -33,33 +33,50 @@ class TrainingLog:
 
     def __init__(self, folder: Path, phases: Sequence[str], writes: bool = True, tensorboard: bool = False) -> None:
         self.path, self.phases, self.writes = folder / METRICS, list(phases), writes
-        self._events = event_writer()(str(folder / EVENTS)) if tensorboard and writes else None
+        self.folder, self.tensorboard = folder / EVENTS, tensorboard and writes
+        self._events: SummaryWriter | None = None
 
     def resume(self, phase: int, step: int) -> None:
-        """Forget what was logged after a checkpoint from which training goes on: it is done again."""
-        if not self.writes or not self.path.exists():
+        """Forget what was logged after a checkpoint from which training goes on: it is done again.
+
+        Event files cannot be cut: they are made anew from the lines that are kept.
+        """
+        if not self.writes:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if self._is_before(line, phase, step)]
-        partial = partial_path(self.path)
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(self.path)
+        kept: list[str] = []
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if self._is_before(line, phase, step)]
+            with publish(self.path) as partial:
+                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        if self.tensorboard:
+            remove(self.folder)
+            self._events = event_writer()(str(self.folder))
+            for line in kept:
+                entry = json.loads(line)
+                del entry["event"]
+                self._tell(entry.pop("phase"), entry.pop("step"), entry)
 
     def write(self, phase: str, event: str, step: int, **numbers: float) -> None:
         """Add an entry."""
         if not self.writes:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"phase": phase, "event": event, "step": step, **numbers}) + "\n")
-        if self._events is not None:
-            for name, value in numbers.items():
-                self._events.add_scalar(f"{phase}/{name}", value, step)
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"phase": phase, "event": event, "step": step, **numbers}) + "\n")
+        self._tell(phase, step, numbers)
 
     def close(self) -> None:
         """Write what is left of the event files."""
         if self._events is not None:
             self._events.close()
+
+    def _tell(self, phase: str, step: int, numbers: Mapping[str, float]) -> None:
+        """Add an entry to the event files, if there are any."""
+        if self._events is not None:
+            for name, value in numbers.items():
+                self._events.add_scalar(f"{phase}/{name}", value, step)
 
     def _is_before(self, line: str, phase: int, step: int) -> bool:
         try:

@@ -7,6 +7,7 @@ checkpoints hold the step: a training that was killed goes on from its last chec
 from __future__ import annotations
 
 from contextlib import closing
+from pathlib import Path
 
 import torch
 
@@ -14,12 +15,13 @@ from schelix_scale.config import TrainConfig
 from schelix_scale.model.loadings import Loadings
 from schelix_scale.model.streams import DualStream
 from schelix_scale.progress import Reporter
-from schelix_scale.training.checkpoint import TrainState, clear_checkpoints, latest_checkpoint, save_checkpoint
+from schelix_scale.training.checkpoint import TrainState, clear_checkpoints, latest_checkpoint, newest, save_checkpoint
 from schelix_scale.training.data import CachedFeatures
 from schelix_scale.training.expression import Expression
 from schelix_scale.training.log import TrainingLog, event_writer
 from schelix_scale.training.phase import Phase, Training, split_rows, weights
 from schelix_scale.training.plan import deal
+from schelix_scale.training.warm import load_weights
 
 __all__ = ["Training", "build_model", "split_rows", "train", "weights"]
 
@@ -37,8 +39,12 @@ def build_model(
     return model
 
 
-def train(training: Training, features: CachedFeatures, reporter: Reporter) -> tuple[DualStream, CachedFeatures]:
+def train(
+    training: Training, features: CachedFeatures, reporter: Reporter, start: Path | None = None
+) -> tuple[DualStream, CachedFeatures]:
     """Train, or go on with a training that was interrupted; return the best model and its features.
+
+    ``start`` is a file of weights to begin with (`load_weights`), instead of random ones.
 
     Raises
     ------
@@ -55,7 +61,14 @@ def train(training: Training, features: CachedFeatures, reporter: Reporter) -> t
     found = ranks.agree(latest_checkpoint(training.folder, training.fingerprint, reporter.warn) if ranks.main else None)
     if found is None:
         if ranks.main:
+            if newest(training.folder) is not None:
+                reporter.say(
+                    f"{training.folder} holds no checkpoint of these settings and features that can be read: what is "
+                    "there is removed, and training begins anew"
+                )
             clear_checkpoints(training.folder)
+        if start is not None:
+            load_weights(start, model)
         state = TrainState(0, 0, features.operator_id, float("inf"), 0, weights(model), weights(model), None)
     else:
         state, features = found, training.reopen(found.operator_id)

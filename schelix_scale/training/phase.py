@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from schelix_scale.config import TrainConfig
-from schelix_scale.errors import RankLost, TrainingError
+from schelix_scale.errors import TrainingError
 from schelix_scale.model.streams import DualStream
 from schelix_scale.progress import Reporter
 from schelix_scale.training.batches import WALK_TAG, Batches, cells_before
@@ -112,7 +112,8 @@ class Phase:
         size = min(config.batch_size, max(FEWEST_ROWS, len(self.rows) // STEPS_AN_EPOCH), len(self.rows))
         self.plan = training.plan(len(self.rows), size, state.phase)
         self.budget = min(budget, config.max_epochs * self.plan.steps_per_epoch)
-        self.over = state.stale >= config.patience
+        evaluated = np.isfinite(state.best_loss)
+        self.over = state.stale >= config.patience or (evaluated and state.step >= self.budget)
         if self.over:
             return
         features = features.on(training.device, config.cache_device)
@@ -145,9 +146,9 @@ class Phase:
         if not ranks.alone:
             step_loss = ranks.averaged(self.loss)
         self.model.train()
-        total = cells_before(self.plan, self.budget)
-        with closing(steps), reporter.stage(f"train: {self.name}", total) as progress:
-            progress.advance(cells_before(self.plan, first))
+        left = cells_before(self.plan, self.budget) - cells_before(self.plan, first)
+        title = f"train: {self.name}{f' from step {first:,}' if first else ''}"
+        with closing(steps), reporter.stage(title, left) as progress:
             while state.step < self.budget:
                 if self._due(first) and self._evaluate():
                     break
@@ -222,23 +223,29 @@ class Phase:
         return state.stale >= self.training.config.patience
 
     def _save(self) -> None:
-        """Save a checkpoint of losses that were looked at."""
+        """Save a checkpoint of losses and weights that were looked at."""
         self._check()
         training, state = self.training, self.state
+        model = weights(self.model)  # the same on all ranks
+        broken = [name for name, value in model.items() if not torch.isfinite(value).all()]
+        if broken:
+            raise self._diverged(f"{broken[0]} of the model is not finite after step {state.step - 1}")
         if training.ranks.main:
-            state.model, state.optimizer = weights(self.model), deepcopy(self.optimizer.state_dict())
+            state.model, state.optimizer = model, deepcopy(self.optimizer.state_dict())
             save_checkpoint(training.folder, state, training.fingerprint, training.config.checkpoints_kept)
 
     def _require_finite(self, loss: float, step: int) -> None:
-        if np.isfinite(loss):
-            return
+        if not np.isfinite(loss):
+            raise self._diverged(f"the loss of phase {self.name} is {loss} at step {step}")
+
+    def _diverged(self, what: str) -> TrainingError:
+        """Return the error of a training that cannot go on; all ranks have found it, and the main one says it."""
         training = self.training
         if not training.ranks.main:
-            raise RankLost  # the main rank says it
+            return training.ranks.left_to_main()
         last = newest(training.folder)
-        raise TrainingError(
-            f"the loss of phase {self.name} is {loss} at step {step}. "
-            f"{'There is no checkpoint before it' if last is None else f'The last good checkpoint is {last}'}. "
+        return TrainingError(
+            f"{what}. {'There is no checkpoint before it' if last is None else f'The last good checkpoint is {last}'}. "
             f"Lower train.learning_rate (now {training.config.learning_rate}) and train again."
         )
 

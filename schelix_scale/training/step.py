@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,8 @@ class StepLoss(nn.Module):
         temperature = self.config.temperature
         return ranks.world * contrast(variant_md, target_nd, batch_m, target_batch_n, temperature, first)
 
-    def _products(self, cells: Cells) -> torch.autocast:
+    def _products(self, cells: Cells) -> AbstractContextManager[object]:
         """Return the context in which the model computes, in the precision that the settings ask for."""
-        return torch.autocast(cells.anchor.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(cells.anchor.device.type, torch.bfloat16)

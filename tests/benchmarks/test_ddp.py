@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ddp
 import pytest
+from _ddp_report import keep, speed_of, update_readme
 
 from schelix_scale.continuing import continue_run
 from schelix_scale.pipeline import prepare
@@ -35,7 +36,45 @@ def test_ratios_are_those_of_a_round() -> None:
         "MB of another rank beyond torch's own": 50.0,
         "to scVI": 15.0,
     }
-    assert ddp.speed_of([[{"speed": {"align": 10.0, "refine": 30.0}}]]) == [pytest.approx(15.0)]
+    assert speed_of([[{"speed": {"align": 10.0, "refine": 30.0}}]]) == [pytest.approx(15.0)]
+
+
+def row_of(batch: int, ratio: float) -> dict[str, object]:
+    ranks = [{"speed": {"align": 1000.0, "refine": 3000.0}, "private_mb": 300.0}]
+    contender = {"label": "one process", "task": "train", "ranks": 1, "threads": 1, "rounds": [ranks]}
+    machine = {"cpu": "a CPU", "cores": 2, "ram_gb": 8.0, "python": "3.11", "platform": "Linux"}
+    return {
+        **{
+            "run": "run",
+            "cells": 200_000,
+            "batch": batch,
+            "cores": 2,
+            "steps": 150,
+            "scvi_cells": 0,
+            "date": "2026-01-01",
+        },
+        **{"contenders": [contender], "ratios": {"ranks, to threads": ratio}, "machine": machine, "peer_versions": {}},
+        **{"commit": "0123456789abcdef", "dirty": False, "versions": {"torch": "2"}},
+    }
+
+
+def test_rows_are_kept_by_batch_and_shown_in_the_readme(tmp_path: Path) -> None:
+    results, readme = tmp_path / "results" / "ddp.json", tmp_path / "README.md"
+    readme.write_text("before\n<!-- ddp:begin -->\nold\n<!-- ddp:end -->\nafter\n")
+    for batch, ratio in ((4_096, 1.08), (1_024, 0.63), (1_024, 0.95), (512, 0.5)):
+        rows = keep(results, row_of(batch, ratio))
+    update_readme(readme, rows)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- ddp:begin -->\n#### 200,000 cells, steps of 512, 2 cores")
+    assert text.endswith("\n<!-- ddp:end -->\nafter\n")
+    assert "| one process | 1 | 1 | 1,500 | 1,000 | 3,000 | 300 |" in text
+    for line in (
+        "| 512 | >= 0.9 | 0.5 | **no** |",
+        "| 1,024 | >= 0.9 | 0.95 | yes |",
+        "| 4,096 | >= 0.9 | 1.08 | yes |",
+    ):
+        assert text.count(f"| ranks, to threads {line}\n") == 1
+    assert "0.63" not in text
 
 
 def test_a_run_without_a_graph_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +93,7 @@ def test_all_of_it(tmp_path: Path) -> None:
     result = tmp_path / "ddp.json"
     small = ["--batch", "48", "--steps", "4", "--rounds", "1", "--scvi-cells", "0", "-o", str(result)]
     assert ddp.main([str(out), *small]) == 0
-    row = json.loads(result.read_text())
+    (row,) = json.loads(result.read_text())["rows"]
     assert row["cells"] == 400
     assert [(one["task"], one["ranks"], one["threads"]) for one in row["contenders"]] == [
         ("train", 1, 1), ("floor", 1, 1), ("train", 1, 2), ("floor", 1, 2), ("train", 2, 1), ("idle", 2, 1)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from schelix_scale import Reference, Run, extend
 from schelix_scale.cli import app
 from schelix_scale.continuing import continue_run
-from schelix_scale.errors import DataError, RunError
+from schelix_scale.errors import ConfigError, DataError, RunError, TrainingError
 from schelix_scale.progress import QuietReporter
 from tests.mapping.conftest import Atlas
 from tests.run_tools import tree
@@ -177,3 +178,32 @@ def test_the_verbs(atlas: Atlas, query_file: Path, tmp_path: Path) -> None:
         extend(run, atlas.query[:1].copy(), out=tmp_path / "v3", reporter=QuietReporter())
     with pytest.raises(RunError, match="never changed"):
         extend(run, new, out=run, reporter=QuietReporter())
+
+
+def test_a_training_goes_on_from_the_weights_of_the_run(extended: Run, atlas: Atlas, tmp_path: Path) -> None:
+    out, before = tmp_path / "run2", tree(atlas.run)
+    shutil.copytree(extended.path, out)
+    few = {"train__align_steps": 1, "train__refine_steps": 1, "train__learning_rate": 1e-9}
+    run = continue_run(out, "train", then=["embed"], warm=True, reporter=QuietReporter(), **few)
+    assert run is not None
+    assert run.verify() == []
+    old, spread = extended.embedding, np.linalg.norm(extended.embedding, axis=1).mean()
+    assert np.abs(run.embedding - old).max() < 1e-3 * spread  # hardly a step: as it was, new cells too
+    anew = continue_run(out, "train", warm=True, reporter=QuietReporter(), train__align_steps=5)
+    assert anew is None
+    reporter = QuietReporter()
+    assert continue_run(out, "embed", reporter=reporter) is not None
+    assert "train: done before, skipped" in reporter.messages
+    assert tree(atlas.run) == before
+    with pytest.raises(ConfigError, match="only a training"):
+        continue_run(out, "embed", warm=True, reporter=QuietReporter())
+    with pytest.raises(TrainingError, match="does not fit the model"):
+        continue_run(out, "train", warm=True, reporter=QuietReporter(), train__width=16)
+
+
+def test_one_cannot_go_on_without_a_training(atlas: Atlas, tmp_path: Path) -> None:
+    shutil.copytree(atlas.run, tmp_path / "run")
+    (tmp_path / "run" / "stages" / "train.json").unlink()
+    done = CliRunner().invoke(app, ["train", str(tmp_path / "run"), "--continue"])
+    assert done.exit_code == 1
+    assert "has no finished training to continue" in " ".join(done.output.split())

@@ -11,7 +11,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from schelix_scale import Reference, Run, map_cells
 from schelix_scale.errors import ConfigError, DataError, RunError
-from schelix_scale.mapping import query as stages
+from schelix_scale.mapping import columns, encode, project
+from schelix_scale.mapping import query as query_stages
 from schelix_scale.mapping.api import Mapped
 from schelix_scale.progress import QuietReporter
 from schelix_scale.run_directory import RunDirectory
@@ -80,7 +81,10 @@ def test_order_blocks_and_other_batches_do_not_matter(
     other.obs_names = [f"other-{name}" for name in other.obs_names]
     both = anndata.concat([atlas.query, other])
     order = np.random.default_rng(1).permutation(both.n_obs)
-    monkeypatch.setattr(stages, "BLOCK", 37)
+    monkeypatch.setattr(encode, "BLOCK", 37)
+    monkeypatch.setattr(columns, "BLOCK", 37)
+    monkeypatch.setattr(query_stages, "QUERY_BLOCK", 41)
+    monkeypatch.setattr(project, "block_size", lambda *_: 29)
     again = reference.map(both[order].copy(), batch_key="batch", label_key=["cell_type", "side"])
     rows = again.adata.obs_names.get_indexer(mapped.adata.obs_names)
     close(again.embedding[rows], mapped.embedding)
@@ -132,7 +136,7 @@ def test_a_mapping_goes_on_where_it_stopped(atlas: Atlas, tmp_path: Path) -> Non
     reporter = QuietReporter()
     again = map_cells(atlas.run, atlas.query, batch_key="batch", out=out, reporter=reporter)
     assert [text for text in reporter.messages if "done before" in text] == [
-        f"{name}: done before, skipped" for name in ("calibrate", "project", "correct")
+        f"{name}: done before, skipped" for name in ("project", "correct", "calibrate")
     ]
     np.testing.assert_array_equal(again.embedding, done.embedding)
     with pytest.raises(RunError, match="with other settings or cells"):

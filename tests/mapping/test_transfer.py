@@ -79,3 +79,18 @@ def test_p_values_are_uniform_on_what_is_not_novel() -> None:
 def test_calibration_error_by_hand() -> None:
     confidence, correct = np.array([0.95, 0.95, 0.55]), np.array([True, False, True])
     assert expected_calibration_error(confidence, correct, bins=10) == pytest.approx((2 * 0.45 + 0.45) / 3)
+
+
+def test_a_hard_batch_makes_probabilities_careful() -> None:
+    """Labels of one of four batches are drawn from softer votes: probabilities are softer than for the mean cell."""
+    rng = np.random.default_rng(7)
+    votes, true = draw(4000, rng)
+    batch = np.repeat(np.arange(4), 1000)
+    hard = batch == 3
+    true[hard] = [rng.choice(5, p=row) for row in sharpen(votes[hard], 4.0, 0.1)]
+    pooled = LabelCalibration.fit(votes, true, np.ones(len(true)))
+    careful = LabelCalibration.fit(votes, true, np.ones(len(true)), batch)
+    surest = [fit.probabilities(votes).max(axis=1).mean() for fit in (pooled, careful)]
+    assert surest[1] < surest[0] - 0.01
+    alone = LabelCalibration.fit(votes, true, np.ones(len(true)), np.zeros(len(true)))
+    assert (alone.temperature, alone.floor) == (pooled.temperature, pooled.floor)

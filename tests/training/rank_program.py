@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,25 +16,30 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy import sparse
 
 from schelix_scale import embedding
 from schelix_scale.config import TrainConfig
+from schelix_scale.errors import TrainingError
+from schelix_scale.model.loadings import Loadings
 from schelix_scale.model.streams import DualStream
+from schelix_scale.stores.known_labels import UNKNOWN
 from schelix_scale.training.batches import Batches
 from schelix_scale.training.data import CachedFeatures, Cells
 from schelix_scale.training.dist import Ranks, joined
 from schelix_scale.training.expression import Expressed
+from schelix_scale.training.labels import Labels
 from schelix_scale.training.loop import build_model, train
 from schelix_scale.training.step import StepLoss
 from tests.training.tools import CONFIG, Cache, Counting, cached, diffused, neighbours, stream_inputs, training_in
 
 CPU = torch.device("cpu")
-SPLITS = [
-    ("align", "asymmetric", 47),
-    ("align", "symmetric", 31),
-    ("refine", "asymmetric", 47),
-    ("refine", "asymmetric", 1),  # fewer rows than ranks
+SPLITS = [  # fewer rows than ranks, too
+    *[("align", alignment, n, "") for alignment in ("asymmetric", "symmetric") for n in (47, 1)],
+    *[("refine", "asymmetric", n, more) for more in ("", "labels", "loadings") for n in (47, 1)],
+    ("align", "symmetric", 31, "loadings"),
 ]
+LABELLED = 0.4  # of the cells
 
 
 def start(world: int, *arguments: object) -> list[subprocess.CompletedProcess[str]]:
@@ -98,22 +104,41 @@ class RecordingCache(Cache):
         return self.versions[name]
 
 
-def gradients(ranks: Ranks, phase: str, alignment: Any, n: int) -> dict[str, torch.Tensor]:
+def known_labels(features: CachedFeatures) -> Labels:
+    """Two labels that features do not show, of some cells."""
+    rng = np.random.default_rng(4)
+    label_n = rng.integers(0, 2, features.n_cells)
+    label_n[rng.random(features.n_cells) > LABELLED] = UNKNOWN
+    return Labels.arrange(label_n, features.batch_n)
+
+
+def expressed_by(features: CachedFeatures, rows: np.ndarray) -> Expressed:
+    """Hop 0 of cells as the cache has it, and sparse values of nine and eight genes."""
+    genes = np.random.default_rng(6).random((features.n_cells, 17)).astype(np.float32)
+    anchor, variant = (sparse.csr_matrix(np.where(part > 0.6, part, 0)[rows]) for part in (genes[:, :9], genes[:, 9:]))
+    return Expressed(features.anchor_nta[rows, 0], features.variant_ntv[rows, 0], anchor, variant)
+
+
+def gradients(ranks: Ranks, phase: str, alignment: Any, n: int, more: str) -> dict[str, torch.Tensor]:
     """Gradients of all weights in a step of n rows, from weights that are not at their start."""
     config, features = CONFIG.model_copy(update={"alignment": alignment}), cached()
     model = build_model(features, config, 0)
+    if more == "loadings":
+        model.loadings = Loadings((9, features.anchor_nta.shape[2]), (8, features.variant_ntv.shape[2]))
     torch.manual_seed(5)
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.1 * torch.randn(weight.shape))
-    batches = Batches(features, CPU, ranks, phase, config.reach, None, 0.5)
+    labels = known_labels(features) if more == "labels" else None
+    batches = Batches(features, CPU, ranks, phase, config.reach, labels, 0.5)
     rows = np.random.default_rng(n).permutation(features.n_cells)[:n]
-    names = ("variant", "anchor") if phase == "align" and alignment == "symmetric" else ("variant",)
+    learning = ["variant_encoder", "loadings.variant", *(["anchor_encoder"] if alignment == "symmetric" else [])]
     for name, weight in model.named_parameters():
-        weight.requires_grad_(phase == "refine" or name.startswith(tuple(f"{part}_encoder" for part in names)))
+        weight.requires_grad_(phase == "refine" or name.startswith(tuple(learning)))
     loss: torch.nn.Module = StepLoss(model, phase, config, ranks)
     loss = loss if ranks.alone else ranks.averaged(loss)
-    torch.autograd.backward(loss(batches.cells(rows, [1, 2])))
+    expressed = expressed_by(features, rows[batches.mine(rows)]) if more == "loadings" else None
+    torch.autograd.backward(loss(batches.cells(rows, [1, 2], expressed)))
     return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
 
@@ -145,8 +170,22 @@ def main(what: str, folder: Path, attempt: str, stop: int, victim: int, config: 
             if step == stop and victim in (ranks.rank, -1):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        model = train_recorded(folder, attempt, config, ranks, at_step)
+        try:
+            model = train_recorded(folder, attempt, config, ranks, at_step)
+        except TrainingError as error:
+            if what == "diverge":
+                _leave(folder, ranks, error)
+            raise
         torch.save(model.state_dict(), folder / f"weights-{ranks.rank}.pt")
+
+
+def _leave(folder: Path, ranks: Ranks, error: TrainingError) -> None:
+    """Write down what this rank says; the main one takes its time, the others note whether it has spoken by then."""
+    if ranks.main:
+        time.sleep(1)
+        (folder / "said").write_text(str(error))
+    else:
+        (folder / f"ended-{ranks.rank}").write_text(f"{type(error).__name__} {error} {(folder / 'said').exists()}")
 
 
 if __name__ == "__main__":

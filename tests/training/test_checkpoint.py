@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from schelix_scale.errors import TrainingError
+from schelix_scale.errors import RunError, TrainingError
 from schelix_scale.training.checkpoint import (
     TrainState,
     checkpoint_name,
     clear_checkpoints,
     final_checkpoint,
     latest_checkpoint,
+    newest,
     save_checkpoint,
 )
 
@@ -49,6 +51,7 @@ def test_round_trip(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, state_at(1, 250), "abc")
     assert path.is_dir()
     check(latest_checkpoint(tmp_path, "abc"), 1, 250)
+    assert sorted(file.name for file in path.iterdir()) == ["state.pt", "state.sha256"]
     assert not list(tmp_path.rglob("*.partial*"))
 
 
@@ -68,7 +71,13 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "order", [[(0, 50), (0, 100), (0, 1000)], [(0, 999_950), (1, 0)], [(0, 400), (1, 50), (1, 100), (2, 0)]]
+    "order",
+    [
+        [(0, 50), (0, 100), (0, 1000)],
+        [(0, 999_950), (0, 1_000_000)],
+        [(0, 999_950), (1, 0)],
+        [(0, 400), (1, 50), (1, 100), (2, 0)],
+    ],
 )
 def test_the_newest_counts_and_two_are_kept(tmp_path: Path, order: list[tuple[int, int]]) -> None:
     for count, (phase, step) in enumerate(order, 1):
@@ -92,6 +101,11 @@ def spoil(path: Path, how: str) -> None:
     file = path / "state.pt"
     content = file.read_bytes()
     match how:
+        case "a bit":  # of a weight: torch reads the file and says nothing
+            at = content.index(state_at(0, 100).model["bias"].numpy().tobytes())
+            file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        case "no checksum":
+            (path / "state.sha256").unlink()
         case "missing":
             file.unlink()
         case "empty":
@@ -104,10 +118,10 @@ def spoil(path: Path, how: str) -> None:
             file.write_bytes(content[: int(float(how) * len(content))])
 
 
-TORN = ["missing", "empty", "zeros", "0.1", "0.5", "0.9", "0.999"]
+TORN = ["missing", "no checksum", "empty", "zeros", "0.1", "0.5", "0.9", "0.999"]
 
 
-@pytest.mark.parametrize("how", [*TORN, "text"])
+@pytest.mark.parametrize("how", [*TORN, "text", "a bit"])
 def test_a_spoiled_checkpoint_gives_way_to_the_one_before(tmp_path: Path, how: str) -> None:
     save_checkpoint(tmp_path, state_at(0, 50), "abc")
     newest = save_checkpoint(tmp_path, state_at(0, 100), "abc")
@@ -122,6 +136,67 @@ def test_a_spoiled_checkpoint_gives_way_to_the_one_before(tmp_path: Path, how: s
 def test_nothing_readable_is_nothing(tmp_path: Path, how: str) -> None:
     spoil(save_checkpoint(tmp_path, state_at(0, 50), "abc"), how)
     assert latest_checkpoint(tmp_path, "abc") is None
+
+
+def test_a_checkpoint_that_was_not_published_is_none(tmp_path: Path) -> None:
+    """A kill leaves a partial folder behind: whole or not, it is not read, and does not count as one of the last."""
+    for step in (50, 100):
+        save_checkpoint(tmp_path, state_at(0, step), "abc")
+    shutil.copytree(tmp_path / checkpoint_name(0, 100), tmp_path / f"{checkpoint_name(0, 150)}.partial")
+    shutil.rmtree(tmp_path / checkpoint_name(0, 100))
+    check(latest_checkpoint(tmp_path, "abc"), 0, 50)
+    assert newest(tmp_path) == tmp_path / checkpoint_name(0, 50)
+    save_checkpoint(tmp_path, state_at(0, 200), "abc")
+    check(latest_checkpoint(tmp_path, "abc"), 0, 200)
+    assert (tmp_path / checkpoint_name(0, 50)).is_dir()
+
+
+def test_a_disk_that_does_not_answer_is_no_torn_checkpoint(tmp_path: Path) -> None:
+    """Else training would begin anew, and remove days of work, because a file server was away for a moment."""
+    save_checkpoint(tmp_path, state_at(0, 50), "abc")
+    file = save_checkpoint(tmp_path, state_at(0, 100), "abc") / "state.pt"
+    file.unlink()
+    file.symlink_to(file)  # reading it fails with an errno that does not say that it is not there
+    with pytest.raises(RunError, match=r"step-00-000100 cannot be read \(.*If that passes, run the same command again"):
+        latest_checkpoint(tmp_path, "abc")
+
+
+def test_checkpoints_of_the_format_before_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / checkpoint_name(2, 0)
+    folder.mkdir()
+    torch.save({"format": 2, "fingerprint": "abc", **vars(state_at(2, 0))}, folder / "state.pt")
+    check(latest_checkpoint(tmp_path, "abc"), 2, 0)
+    check(final_checkpoint(folder, "abc"), 2, 0)
+
+
+@pytest.mark.parametrize("version", [1, 4])
+def test_checkpoints_of_other_formats_are_not(tmp_path: Path, version: int) -> None:
+    folder, said = tmp_path / checkpoint_name(0, 50), []
+    folder.mkdir()
+    torch.save({"format": version, "fingerprint": "abc", **vars(state_at(0, 50))}, folder / "state.pt")
+    assert latest_checkpoint(tmp_path, "abc", said.append) is None
+    assert said == [f"the checkpoint {folder} has format {version}, this version of schelix reads 3; it is passed over"]
+
+
+class Evil:
+    """Would write a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_is_executed_when_a_checkpoint_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / checkpoint_name(0, 50)
+    folder.mkdir()
+    content = {"format": 2, "fingerprint": "abc", **vars(state_at(0, 50)), "optimizer": Evil(tmp_path / "done")}
+    torch.save(content, folder / "state.pt")
+    assert latest_checkpoint(tmp_path, "abc") is None
+    assert not (tmp_path / "done").exists()
+    torch.load(folder / "state.pt", weights_only=False)
+    assert (tmp_path / "done").exists(), "it must be evil for this to mean anything"
 
 
 def test_checkpoints_of_another_training_are_passed_over(tmp_path: Path) -> None:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from schelix_scale.errors import ConfigError
-from schelix_scale.training.dist import Ranks
+from schelix_scale.model.streams import DualStream
+from schelix_scale.training.batches import Batches
+from schelix_scale.training.data import CachedFeatures, Cells
+from schelix_scale.training.dist import ALONE, Ranks
 from schelix_scale.training.expression import Expressed
-from schelix_scale.training.loop import train
+from schelix_scale.training.loop import build_model, train
+from schelix_scale.training.optimizer import make_optimizer, set_rate
+from schelix_scale.training.step import ALIGN, REFINE, StepCells, StepLoss
 from tests.training.tools import CONFIG, Cache, Counting, N, cached, logged, run, same_weights, training_in
 
 CPU = torch.device("cpu")
@@ -47,6 +58,11 @@ def test_ranks_share_threads_and_take_a_gpu_each() -> None:
     assert [Ranks(rank, 3, rank, 3).threads(8) for rank in range(3)] == [2, 2, 2]
     assert Ranks(1, 2, 1, 2).threads(1) == 1
     assert Ranks().device("cuda:1") == torch.device("cuda:1")
+    alone_on_its_machine = Ranks(1, 2, 0, 1)
+    for ranks in (Ranks(), alone_on_its_machine):  # torch refuses to work on a GPU without its number
+        assert ranks.device("cuda") == torch.device("cuda", 0)
+    with pytest.raises(ConfigError, match=r"device=mps: 2 ranks train on CPUs or on CUDA GPUs"):
+        alone_on_its_machine.device("mps")
     assert Ranks(1, 2, 1, 2).device("cpu") == CPU
     with pytest.raises(ConfigError, match=r"2 ranks need a GPU each\. Use device=cuda"):
         Ranks(1, 2, 1, 2).device("cuda:0")
@@ -79,7 +95,7 @@ def test_a_gpu_learns_what_a_cpu_does(tmp_path: Path, where: str) -> None:
     run(tmp_path / "cpu")
     cache = Cache(cached())
     training = training_in(tmp_path / "gpu", cache, CONFIG.model_copy(update={"cache_device": where}))
-    object.__setattr__(training, "device", torch.device("cuda"))
+    training = replace(training, device=Ranks().device("cuda"))
     train(training, cache.reopen("first"), Counting())
     np.testing.assert_allclose(losses(tmp_path / "gpu"), losses(tmp_path / "cpu"), rtol=1e-3)
 
@@ -87,13 +103,71 @@ def test_a_gpu_learns_what_a_cpu_does(tmp_path: Path, where: str) -> None:
 @needs_gpu
 @pytest.mark.gpu
 def test_steps_do_not_wait_for_the_gpu() -> None:
-    device = torch.device("cuda")
-    features = cached().on(device, "auto")
-    assert features.resident is not None
-    assert features.resident[0].is_cuda
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        cells = cached().cells(np.arange(40), device)
-        assert cells.anchor.is_cuda
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    device = Ranks().device("cuda")
+    resident = cached().on(device, "auto")
+    assert resident.resident is not None
+    assert resident.resident[0].is_cuda
+    for phase, features in [(ALIGN, resident), (REFINE, resident), (REFINE, cached())]:
+        model = build_model(features, CONFIG, 0).to(device)
+        step = Step(model, phase)
+        step(ready(features, phase, device))  # the first one makes the state of the optimiser
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(ready(features, phase, device))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+class Step:
+    """A step of a phase as `Phase.run` makes it."""
+
+    def __init__(self, model: DualStream, phase: str) -> None:
+        self.loss, self.optimizer = StepLoss(model, phase, CONFIG, ALONE), make_optimizer(model, phase == ALIGN, CONFIG)
+
+    def __call__(self, cells: StepCells, watched: AbstractContextManager[object] | None = None) -> None:
+        with watched or nullcontext():
+            loss = self.loss(cells)
+        set_rate(self.optimizer, 0.3)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        self.optimizer.step()
+
+
+def ready(features: CachedFeatures, phase: str, device: torch.device) -> StepCells:
+    return Batches(features, device, ALONE, phase, 6, None, 0.5).cells(np.arange(47), [1])
+
+
+class FromNowhere(TorchDispatchMode):
+    """Notes tensors that no operation has made and that are none of the known: copied from the host, as by a wait."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.known, self.found = list(known), list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [part for part in tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor)]
+        self.found += [str(func) for part in given if not any(part is known for known in self.known)]
+        made = func(*args, **(kwargs or {}))
+        self.known += [part for part in tree_leaves(made) if isinstance(part, torch.Tensor)]
+        return made
+
+
+@pytest.mark.parametrize("phase", [ALIGN, REFINE])
+def test_a_step_never_asks_what_a_tensor_holds(phase: str) -> None:
+    """It runs on tensors that hold nothing: whoever asks for a number, or which are true, would wait for a GPU."""
+    meta, features = torch.device("meta"), cached()
+    on_cpu = ready(features, phase, CPU)
+    own, other = (
+        Cells(cells.anchor.to(meta), cells.variant.to(meta), cells.batch.to(meta))
+        for cells in (on_cpu.own, on_cpu.other)
+    )
+    model = build_model(features, CONFIG, 0).to(meta)
+    step = Step(model, phase)
+    known = [*model.parameters(), *model.buffers()]
+    watched = FromNowhere(
+        known + [part for cells in (own, other) for part in (cells.anchor, cells.variant, cells.batch)]
+    )
+    step(StepCells(own, other, on_cpu.total), watched)
+    assert watched.found == []
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        float(step.loss(StepCells(own, other, on_cpu.total)))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from schelix_scale.config import TrainConfig
 from schelix_scale.training.checkpoint import latest_checkpoint
 from schelix_scale.training.dist import ALONE
 from schelix_scale.training.loop import split_rows
@@ -24,10 +25,16 @@ BUDGETS = (CONFIG.align_steps, CONFIG.refine_steps)
 
 
 def begin(
-    world: int, folder: Path, attempt: str, what: str = "train", stop: int = -1, victim: int = -1
+    world: int,
+    folder: Path,
+    attempt: str,
+    what: str = "train",
+    stop: int = -1,
+    victim: int = -1,
+    settings: TrainConfig = SETTINGS,
 ) -> list[CompletedProcess[str]]:
     folder.mkdir(exist_ok=True)
-    return start(world, what, folder, attempt, stop, victim, SETTINGS.model_dump_json())
+    return start(world, what, folder, attempt, stop, victim, settings.model_dump_json())
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +71,11 @@ def test_two_ranks_have_the_gradients_of_one(two: Path) -> None:
     for split, found in zip(SPLITS, torch.load(two / "gradients.pt"), strict=True):
         expected = gradients(ALONE, *split)
         assert set(found) == set(expected)
-        assert any(value.abs().max() > 1e-3 for value in expected.values())
+        assert split[2] == 1 or any(value.abs().max() > 1e-3 for value in expected.values())
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=f"{split} {name}")
+    unlabelled, labelled = (gradients(ALONE, "refine", "asymmetric", 47, more) for more in ("", "labels"))
+    assert any((labelled[name] - value).abs().max() > 1e-3 for name, value in unlabelled.items()), "labels must matter"
 
 
 def test_two_ranks_train_as_one(two: Path, tmp_path: Path) -> None:
@@ -151,6 +160,14 @@ def go_on(folder: Path, whole: Path) -> None:
     np.testing.assert_array_equal(curve(folder)[:, [0, 1, 3]], curve(whole)[:, [0, 1, 3]])
 
 
+def test_ranks_that_diverge_end_after_the_main_one_has_said_so(tmp_path: Path) -> None:
+    """All find it in the same step; torchrun would end the main rank as soon as another one has ended."""
+    ended = begin(2, tmp_path, "a", "diverge", settings=SETTINGS.model_copy(update={"learning_rate": 1e37}))
+    assert [process.returncode for process in ended] == [1, 1]
+    assert "The last good checkpoint is" in (tmp_path / "said").read_text()
+    assert (tmp_path / "ended-1").read_text() == "RankLost  True"
+
+
 @pytest.mark.slow
 def test_after_one_rank_was_killed(two: Path, killed: Path, tmp_path: Path) -> None:
     go_on(Path(shutil.copytree(killed, tmp_path / "killed")), two)
@@ -197,4 +214,4 @@ def test_a_torn_checkpoint_is_passed_over_and_said(two: Path, tmp_path: Path) ->
     found = latest_checkpoint(folder, "abc", said.append)
     assert found is not None
     assert before.name == f"step-{found.phase:02d}-{found.step:06d}"
-    assert said == [f"the checkpoint {newest} cannot be read (OSError); it is passed over"]
+    assert said == [f"the checkpoint {newest} is torn or altered: its checksum is another one; it is passed over"]

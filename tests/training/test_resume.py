@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from schelix_scale.model.streams import DualStream
+from schelix_scale.progress import QuietReporter
 from schelix_scale.training.checkpoint import latest_checkpoint
 from schelix_scale.training.data import CachedFeatures
 from schelix_scale.training.loop import train
@@ -23,6 +24,7 @@ from tests.training.tools import (
     Counting,
     Interrupted,
     cached,
+    cells_of,
     logged,
     run,
     same_weights,
@@ -69,6 +71,8 @@ def test_interrupted_right_after_the_refresh(whole: tuple[DualStream, Cache, Cou
     model, _ = train(training_in(tmp_path, cache), cache.reopen("first"), reporter)
     assert same_weights(model, whole[0])
     assert reporter.steps == CONFIG.refine_steps
+    found, expected = ([(e["phase"], e["event"], e["step"]) for e in logged(at)] for at in (tmp_path, whole[3]))
+    assert found == expected, "a phase that was done is neither validated nor logged again"
 
 
 def test_resumed_after_losing_the_newest_checkpoint(
@@ -101,9 +105,13 @@ def test_a_finished_training_is_not_repeated(whole: tuple[DualStream, Cache, Cou
 def test_another_training_does_not_resume_this_one(tmp_path: Path) -> None:
     cache = Cache(cached())
     train(training_in(tmp_path, cache, fingerprint="xyz"), cache.reopen("first"), Counting())
-    reporter = Counting()
+    reporter, quiet = Counting(), QuietReporter()
     train(training_in(tmp_path, cache, fingerprint="abc"), cache.reopen("first"), reporter)
     assert reporter.steps == TOTAL_STEPS
+    train(training_in(tmp_path, cache, fingerprint="def"), cache.reopen("first"), quiet)
+    assert "no checkpoint of these settings and features" in quiet.messages[0]
+    assert {path.name for path in tmp_path.glob("step-*")} == {"step-01-000017", "step-02-000000"}
+    assert len([e for e in logged(tmp_path) if e["event"] == "end"]) == 2
 
 
 CHILD = """
@@ -139,6 +147,8 @@ def test_killed_and_resumed(whole: tuple[DualStream, Cache, Counting, Path], tmp
     cache, reporter = Cache(cached()), Counting()
     model, _ = train(training_in(tmp_path, cache), cache.reopen("first"), reporter)
     assert reporter.steps == TOTAL_STEPS - 10
+    left = cells_of(23) - cells_of(10)  # of what is left speed and remaining time are told, as if nothing else was
+    assert reporter.stages == [("train: align from step 10", left), ("train: refine", cells_of(17))]
     assert same_weights(model, whole[0])
 
 

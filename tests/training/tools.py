@@ -44,7 +44,7 @@ class Interrupted(Exception):
 
 
 class Counting(Reporter):
-    """Counts steps over all stages and calls ``at_step`` after each; a stage first says what was done before."""
+    """Counts steps over all stages and calls ``at_step`` after each."""
 
     def __init__(self, at_step: Callable[[int], None] = lambda _: None) -> None:
         self.steps = 0
@@ -55,15 +55,12 @@ class Counting(Reporter):
     def stage(self, name: str, total: int | None = None, unit: str = "cells") -> Iterator[Stage]:
         """Count how often the stage advances."""
         self.stages.append((name, total))
-        reporter, started = self, False
+        reporter = self
 
         class Count:
             def advance(self, n: int = 1) -> None:
-                nonlocal started
-                if started:
-                    reporter.steps += 1
-                    reporter.at_step(reporter.steps)
-                started = True
+                reporter.steps += 1
+                reporter.at_step(reporter.steps)
 
         yield Count()
 

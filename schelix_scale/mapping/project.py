@@ -1,0 +1,187 @@
+"""Expression of new cells -> components of the reference, uncorrected: the first stage of a mapping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from schelix_scale.features.onepass import PASS_SHARE, block_size, write_rows
+from schelix_scale.features.projection import Projection, clip_genes
+from schelix_scale.features.streams import Streams
+from schelix_scale.graph.vectors import row_blocks
+from schelix_scale.mapping.genes import (
+    GeneMatch,
+    match_genes,
+    reference_values,
+    require_genes,
+    restricted_streams,
+    shared_target,
+)
+from schelix_scale.mapping.query import MOVES, RAW, STREAMS, Query
+from schelix_scale.publish import create_array
+from schelix_scale.records import StageRecord
+from schelix_scale.scheduling import run_tasks
+from schelix_scale.stores.checks import check_block
+from schelix_scale.stores.values import ValueKind, decide_values
+
+RUNS, RUN_CELLS = 16, 125  # consecutive cells: a store reads them in few chunks
+OF_BATCH = 20
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Turns the expression of cells that measured the same genes into components of the reference."""
+
+    match: GeneMatch
+    streams: Streams
+    target: float
+    learned: tuple[np.ndarray, np.ndarray] | None
+    mean_g: np.ndarray
+
+    def encode(self, x_mq: sparse.csr_matrix, values: str) -> dict[str, np.ndarray]:
+        """Return uncorrected components of both streams, and what learned loadings add to them."""
+        x_mg = reference_values(x_mq, self.match, values, self.target)
+        streams = self.streams
+        found = {"anchor": streams.anchor.apply(x_mg)}
+        found["variant"] = found["anchor"][:, :0] if streams.variant is None else streams.variant.apply(x_mg)
+        if self.learned is not None:
+            for name, part, weights in zip(STREAMS, (streams.anchor, streams.variant), self.learned, strict=True):
+                found[f"{name}_learned"] = _learned(x_mg, part, weights, found[name], self.match.place_g, self.mean_g)
+        return found
+
+
+def _learned(
+    x_mg: sparse.csr_matrix,
+    part: Projection | None,
+    weights_hd: np.ndarray,
+    like: np.ndarray,
+    place_g: np.ndarray,
+    mean_g: np.ndarray,
+) -> np.ndarray:
+    """Return what learned loadings add, (m, d); genes that the query lacks are at the reference's mean."""
+    if part is None:
+        return np.zeros_like(like)
+    lacking_h = place_g[part.genes] < 0
+    mean_h = np.minimum(mean_g[part.genes], part.cap)
+    moved = clip_genes(x_mg[:, part.genes], part.cap) @ weights_hd
+    return np.asarray(moved + mean_h[lacking_h] @ weights_hd[lacking_h], np.float32)
+
+
+def project(query: Query) -> StageRecord:
+    """Write the uncorrected components of all cells, in one pass over the store."""
+    frozen, store, settings = query.frozen, query.store, query.settings
+    inputs: dict[str, Any] = {"source": store.fingerprint(), "values": settings.values, "gene_key": settings.gene_key}
+    inputs |= {"min_genes": settings.min_genes}
+
+    def make() -> tuple[list[str], dict[str, Any]]:
+        encoders = _encoders(query)
+        values = _values(query)
+        dims = dict(zip(STREAMS, frozen.streams.dims, strict=True))
+        learned = encoders[0].learned is not None
+        names = {name: RAW.format(name) for name in STREAMS}
+        names |= {f"{name}_learned": MOVES.format(name) for name in STREAMS} if learned else {}
+        n = store.n_cells
+        with ExitStack() as published, query.reporter.stage("project", n) as progress:
+            targets = {name: published.enter_context(query.directory.publish(file)) for name, file in names.items()}
+            for name, path in targets.items():
+                create_array(path, (n, dims[name.partition("_")[0]]), "float32")
+            size = block_size(store, int(PASS_SHARE * query.budget), query.threads)
+
+            def task(span: tuple[int, int]) -> int:
+                rows = np.arange(*span)
+                x_mq = store.read(rows)
+                check_block(x_mq, rows, store, values)
+                for name, found in _encode(query, encoders, x_mq, rows, values).items():
+                    write_rows(targets[name], span[0], found)
+                return len(rows)
+
+            run_tasks(task, list(row_blocks(n, size)), query.threads, None, progress.advance)
+        facts = min((encoder.match for encoder in encoders), key=lambda match: match.used_share).facts()
+        return list(names.values()), {**facts, "values": values, "learned": learned}
+
+    return query.stage("project", inputs, [], make)
+
+
+def _encode(
+    query: Query, encoders: Sequence[_Encoder], x_mq: sparse.csr_matrix, rows: np.ndarray, values: str
+) -> dict[str, np.ndarray]:
+    """Encode a block, the cells of each group that measured the same genes apart."""
+    if query.measured is None:
+        return encoders[0].encode(x_mq, values)
+    group_m = query.measured.group_n[rows]
+    out: dict[str, np.ndarray] = {}
+    for group in np.unique(group_m):
+        chosen = np.flatnonzero(group_m == group)
+        for name, found in encoders[group].encode(x_mq[chosen], values).items():
+            out.setdefault(name, np.empty((len(rows), found.shape[1]), np.float32))[chosen] = found
+    return out
+
+
+def _encoders(query: Query) -> list[_Encoder]:
+    """Match genes and restrict the projections to those that are there, for each group of cells."""
+    frozen, store, settings = query.frozen, query.store, query.settings
+    genes = frozen.genes
+    used_g = frozen.streams.uses(len(genes))
+    match = match_genes(store, genes, used_g, settings.gene_key)
+    matches = [match]
+    if query.measured is not None:
+        there_pg = query.measured.measured_pg
+        matches = [
+            GeneMatch(np.where((match.place_g >= 0) & there_g[match.place_g], match.place_g, -1), used_g, match.by)
+            for there_g in there_pg
+        ]
+    rows = frozen.sample
+    spread = [np.asarray(frozen.raw_na[rows], np.float64).var(axis=0), np.zeros(0)]
+    if frozen.streams.variant is not None:
+        spread[1] = np.asarray(frozen.variant_nv[rows], np.float64).var(axis=0)
+    learned = None
+    if frozen.model.loadings is not None:
+        parts = frozen.model.loadings.anchor, frozen.model.loadings.variant
+        learned = (parts[0].detach().numpy(), parts[1].detach().numpy())
+    mean_g = genes["mean"].to_numpy()
+    power, encoders = frozen.config.features.scale_power, []
+    for found in matches:
+        require_genes(found, store, genes, settings.min_genes)
+        streams = restricted_streams(frozen.streams, found, genes, power, (spread[0], spread[1]))
+        encoders.append(_Encoder(found, streams, shared_target(found, mean_g), learned, mean_g))
+    facts = min(matches, key=lambda one: one.used_share).facts()
+    say = query.reporter.warn if facts["used_genes_missing"] else query.reporter.say
+    lacking = f"; {facts['used_genes_missing']:,} of those it uses are missing ({1 - match.used_share:.1%})"
+    say(
+        f"{facts['genes_matched']:,} of {len(genes):,} genes of the reference are there ({match.by})"
+        + (lacking if facts["used_genes_missing"] else "")
+    )
+    return encoders
+
+
+def decided_rows(batch_n: np.ndarray) -> np.ndarray:
+    """Return the cells, ascending, that tell what the values are: runs of them, and 20 of each batch at least."""
+    starts = np.linspace(0, max(len(batch_n) - RUN_CELLS, 0), RUNS).astype(np.int64)
+    rows = np.unique(np.minimum(starts[:, None] + np.arange(RUN_CELLS), len(batch_n) - 1))
+    seen = np.bincount(batch_n[rows], minlength=int(batch_n.max()) + 1)
+    order = np.argsort(batch_n, kind="stable")
+    first = np.searchsorted(batch_n[order], np.flatnonzero(seen < OF_BATCH))
+    last = np.searchsorted(batch_n[order], np.flatnonzero(seen < OF_BATCH), side="right")
+    more = [order[start : min(start + OF_BATCH, stop)] for start, stop in zip(first, last, strict=True)]
+    return np.unique(np.concatenate([rows, *more]))
+
+
+def _values(query: Query) -> ValueKind:
+    """Decide what the values of the query are, and say so."""
+    store = query.store
+    rows = decided_rows(query.batches.codes)
+    x_mq = store.read(rows)
+    check_block(x_mq, rows, store)
+    decision = decide_values(x_mq, query.batches.codes[rows], query.batches.names, query.settings.values)
+    query.reporter.say(f"values are {decision.reason}")
+    if "log" in (decision.kind, query.frozen.values) and decision.kind != query.frozen.values:
+        query.reporter.warn(
+            f"the query's values are {decision.kind}, the reference's {query.frozen.values}: they only fit if the "
+            "logarithms are log1p of counts per 10,000"
+        )
+    return decision.kind

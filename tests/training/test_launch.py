@@ -1,0 +1,47 @@
+"""Ranks that this process starts: what a user sees who stops them."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from torch.distributed.elastic.multiprocessing.api import _terminate_process_handler
+
+from schelix_scale.errors import ConfigError, TrainingError
+from schelix_scale.progress import QuietReporter
+from schelix_scale.training.launch import HANDLED, _signals_as_ever, launch
+
+
+def take_over() -> None:
+    """Set the handlers that torch sets when it starts ranks."""
+    for number in HANDLED:
+        signal.signal(number, _terminate_process_handler)
+
+
+def test_ctrl_c_is_an_interrupt_and_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in HANDLED]
+    with _signals_as_ever():
+        take_over()
+    assert [signal.getsignal(number) for number in HANDLED] == before
+    with pytest.raises(KeyboardInterrupt), _signals_as_ever():  # noqa: PT012
+        take_over()
+        signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in HANDLED] == before
+
+
+def test_other_signals_do_what_they_did_before() -> None:
+    """Here a handler of the caller is told; without one the process ends by the signal."""
+    told: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    try:
+        with pytest.raises(TrainingError, match="the ranks were ended, as SIGTERM asked"), _signals_as_ever():  # noqa: PT012
+            take_over()
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == [signal.SIGTERM]
+
+
+def test_no_process_is_too_few() -> None:
+    with pytest.raises(ConfigError, match="nproc = 0: at least one process is needed"):
+        launch(0, [], QuietReporter())
