@@ -60,6 +60,8 @@ class Context:
         The stages that may be done; any other one must be done already. None: all.
     ranks
         Who does the stages together, or None: this process alone.
+    warm
+        Whether a training starts from the weights of the one before.
     """
 
     store: CellStore
@@ -74,6 +76,7 @@ class Context:
     search: SearchProcess | None = None
     due: frozenset[str] | None = None
     ranks: Ranks | None = None
+    warm: bool = False
 
     @classmethod
     def prepare(cls, store: CellStore, config: Config, reporter: Reporter) -> Context:

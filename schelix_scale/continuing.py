@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 NAMES = ("genes", "features", "graph", "train", "embed")
 LATER = NAMES[2:]
+TOGETHER = "train", "embed"  # stages in which all ranks take part, also to hear that they are done
 
 
 def continue_run(
@@ -112,22 +113,15 @@ def _launched(
     """Let other processes do the stages that are due, with settings that are known to be good."""
     from schelix_scale.training.launch import launch
 
-    with RunDirectory.open(run, writable=warm) as directory:
+    with RunDirectory.open(run) as directory:
         _changed(directory, due, settings)
-        if warm:
-            _keep_weights(directory)
     given = [f"{key.replace('__', '.')}={_written(value)}" for key, value in settings.items()]
-    command = [due[0], str(run), *(["--embed"] if due[1:] else []), *(part for text in given for part in ("-s", text))]
+    command = [due[0], str(run), *(["--embed"] if due[1:] else []), *(["--continue"] if warm else [])]
+    command += [*(part for text in given for part in ("-s", text))]
     if isinstance(reporter, QuietReporter):
         command.append("--quiet")
     launch(nproc, [*command, "--no-summary"], reporter)
     return Run.open(run) if "embed" in due else None
-
-
-def _keep_weights(directory: RunDirectory) -> None:
-    from schelix_scale.training.warm import keep_weights
-
-    keep_weights(directory)
 
 
 def _written(value: Any) -> str:
@@ -149,21 +143,19 @@ def _continue(
         if main:
             config = _changed(directory, due, settings)
             check_device(config)
-            if warm:
-                _keep_weights(directory)
             if config != directory.config:
                 directory.configure(config)
-            context = recorded_context(directory, due, reporter, ranks)
+            context = recorded_context(directory, due, reporter, ranks, warm)
         if ranks is not None:
             said = ranks.agree(directory.config.model_dump_json() if main else "")
             directory.config = Config.model_validate_json(said)
-            context = context if main else recorded_context(directory, due, reporter, ranks)
+            context = context if main else recorded_context(directory, due, reporter, ranks, warm)
         threads = context.threads if ranks is None else ranks.threads(context.threads)
         ahead = search_ahead(context, directory) if "graph" in due else nullcontext(context)
         with limited_threads(threads), ahead as ready:
             last = max(map(NAMES.index, due))
             for name, do in zip(NAMES[1 : last + 1], STAGES[1 : last + 1], strict=True):
-                if main or name in due:
+                if main or name in TOGETHER:
                     do(ready, directory)
                     release_memory()
         if "embed" not in due:
@@ -175,7 +167,9 @@ def _continue(
     return Run.open(run)
 
 
-def recorded_context(directory: RunDirectory, due: Sequence[str], reporter: Reporter, ranks: Ranks | None) -> Context:
+def recorded_context(
+    directory: RunDirectory, due: Sequence[str], reporter: Reporter, ranks: Ranks | None, warm: bool = False
+) -> Context:
     """Make the context of a prepared run from what its directory holds."""
     if "genes" not in recorded_stages(directory.path):
         raise not_done(directory, "genes")
@@ -197,6 +191,7 @@ def recorded_context(directory: RunDirectory, due: Sequence[str], reporter: Repo
         store.fingerprint(),
         due=frozenset(due),
         ranks=ranks,
+        warm=warm,
     )
 
 

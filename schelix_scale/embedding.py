@@ -92,7 +92,8 @@ def write_embedding(
             for key, part in keys.items():
                 array = obsm[key]
                 assert isinstance(array, zarr.Array)
-                array[start:stop] = _part(latent, part).numpy()
+                with zarr.config.set({"array.write_empty_chunks": True}):  # their number is checked
+                    array[start:stop] = _part(latent, part).numpy()
         advance(stop - start)
     ranks.wait()
     if ranks.main:
@@ -133,6 +134,5 @@ def _create(
             shape=(features.n_cells, width),
             chunks=(ENCODE_CELLS, width),
             dtype="float32",
-            config={"write_empty_chunks": True},  # their number is checked
         )
         array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})

@@ -94,6 +94,15 @@ def test_ctrl_c_ends_all_ranks_and_is_no_traceback(ready: Path, tmp_path: Path) 
     assert not any(rank.is_running() for rank in ranks)
 
 
+def test_two_processes_embed_what_one_has_trained(alone: Run, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(alone.path, tmp_path / "run"))
+    shutil.rmtree(out / "embedding.zarr")
+    run = continue_run(out, "embed", nproc=2, reporter=QuietReporter())
+    assert run is not None
+    assert run.verify() == []
+    np.testing.assert_array_equal(run.embedding, alone.embedding)
+
+
 def test_one_call_in_python_does_all_with_two_processes(ready: Path, alone: Run, tmp_path: Path) -> None:
     source, reporter = ready.parent / "cells.h5ad", QuietReporter()
     run = integrate(source, batch_key="batch", out=tmp_path / "run", nproc=2, reporter=reporter, **SETTINGS)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from schelix_scale.compute import keep_memory_low, limited_threads, share_cores
-from schelix_scale.errors import DataError
+from schelix_scale.errors import DataError, RunError
 from schelix_scale.extending.stages import EXTENSION, Extension
 from schelix_scale.mapping.api import NEEDED, Reference
 from schelix_scale.mapping.inputs import batches_digest, merged_settings, open_query, query_batches, refuse_inside
@@ -25,6 +25,7 @@ from schelix_scale.run import Run, RunDirectory
 from schelix_scale.stores import CellStore, Source
 from schelix_scale.stores.batches import Batches
 from schelix_scale.stores.joined import source_address
+from schelix_scale.training.warm import START
 
 LEAST = 2
 
@@ -75,7 +76,7 @@ def extend(
     GraphError
         Neighbours of new cells are found with a lower recall than ``graph.min_recall`` of the run.
     RunError
-        ``run`` is not finished, or ``out`` holds something else.
+        ``run`` is not finished, ``out`` holds something else, or was trained on and is not finished.
 
     Examples
     --------
@@ -110,6 +111,11 @@ def _fill(
     reporter: Reporter,
 ) -> None:
     """Do the stages, and write the manifest."""
+    if (directory.path / START).exists():  # its embedding is no longer what the run's own model makes
+        raise RunError(
+            f"{directory.path} was trained on after it had been extended. To finish it run `schelix embed "
+            f"{directory.path}`, or `schelix train {directory.path} --continue --embed` if its training is not done."
+        )
     scratch = directory.path / EXTENSION
     with RunDirectory.claim(scratch, directory.config, directory.source) as inner:
         query = reference.query(

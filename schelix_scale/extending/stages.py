@@ -160,7 +160,8 @@ class Extension:
             folder.mkdir()
             for file, new in (("indices.npy", rows.indices_mk), ("weights.npy", rows.weights_mk)):
                 append_rows(np.load(root / "graph" / old / file, mmap_mode="r"), new, folder / file)
-            if (root / "graph" / old / INDEX).is_dir():
+            of_features = old == self._details("graph")["operator_id"]  # others are of latents, and are not searched
+            if of_features and (root / "graph" / old / INDEX).is_dir():
                 append_index(root / "graph" / old / INDEX, self._corrected[0], folder / INDEX)
             audit = read_json(root / "graph" / old / "audit.json")
             write_json(folder / "audit.json", {**audit, "extensions": audits})

@@ -8,6 +8,8 @@ from typing import Self
 
 import numpy as np
 
+from schelix_scale.errors import GraphError
+
 FLOOD = 16  # times k hits a query: so many have ties, and are ranked whole
 FLOOR_COLUMNS = 1024
 HELD = 4  # times k hits a query are held before the best are chosen
@@ -102,6 +104,8 @@ def nearest_among(
             hits = hits.best()
             limit_q = hits.limit(limit_q)
     hits = hits.best()
+    if len(hits.value_h) < k * rows and floor_q is None:
+        raise GraphError("features that are not finite have no neighbours: check their source.")
     if len(hits.value_h) < k * rows:  # a floor that not k scores reach after all
         return nearest_among(unit_qd, vectors_nd, candidates, k, start)
     return hits.column_h.reshape(rows, k), hits.value_h.reshape(rows, k)

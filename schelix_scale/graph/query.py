@@ -95,7 +95,7 @@ class QueryIndex:
         Raises
         ------
         GraphError
-            There are not k cells, or the features have other dimensions.
+            There are not k cells, the features have other dimensions, or some are not finite.
         """
         n, d = self.features_nd.shape
         if k > n or features_md.shape[1] != d:
@@ -103,6 +103,8 @@ class QueryIndex:
                 f"{k} neighbours with {features_md.shape[1]} dimensions were asked of {n} cells with {d}: ask for "
                 "fewer neighbours, or make the features with the reference's own projection."
             )
+        if not np.isfinite(features_md).all():
+            raise GraphError("features that are not finite have no neighbours: check the source of the queries.")
         unit, rows = unit_rows(features_md), np.empty((len(features_md), k), np.int64)
 
         def exactly(span: tuple[int, int]) -> int:

@@ -59,6 +59,7 @@ def claim(folder: Path, made_from: Mapping[str, Any]) -> None:
     if known == wanted:
         return
     folder.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # first: what an interruption leaves is not taken for a whole one
     for pattern in MADE:
         for left in folder.glob(pattern):
             remove(left)

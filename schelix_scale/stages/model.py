@@ -41,10 +41,10 @@ def train_model(context: Context, directory: RunDirectory) -> None:
     from schelix_scale.training.dist import ALONE
     from schelix_scale.training.loop import build_model, train, weights
     from schelix_scale.training.refresh import open_features
-    from schelix_scale.training.warm import START
+    from schelix_scale.training.warm import START, choose_start
 
     settings, ranks = train_settings(context.config), context.ranks or ALONE
-    shuffle = _shuffle(context, settings)
+    shuffle = ranks.agree(_shuffle(context, settings))  # machines of other memory would mix rows otherwise
 
     def make(fingerprint: str) -> tuple[list[str], dict[str, Any]]:
         cache = open_cache(context, directory)
@@ -54,7 +54,9 @@ def train_model(context: Context, directory: RunDirectory) -> None:
         if settings.enabled:
             if settings.refresh and not features.variant_ntv.shape[2]:
                 context.reporter.warn("train.refresh does nothing: a run without Variants has one phase, no between")
-            training = _training(context, directory, settings, cache, device, fingerprint)
+            if warm is not None:
+                context.reporter.say(f"training starts from the weights in {warm}")
+            training = _training(context, directory, settings, cache, device, fingerprint, shuffle)
             model, features = train(training, features, context.reporter, warm)
             last = checkpoint_name(len(training.phases(model)), 0)
         else:
@@ -73,13 +75,19 @@ def train_model(context: Context, directory: RunDirectory) -> None:
         }
 
     inputs = {"train": settings.model_dump(mode="json", exclude=set(WATCHING)), "seed": context.config.seed}
-    warm = directory.path / START if settings.enabled and (directory.path / START).exists() else None
-    if warm is not None:
-        inputs["start"] = checksum(warm)
     if shuffle is not None:
         inputs["shuffle"] = list(shuffle)  # follows from the memory, and decides the order of steps
     if context.known_labels is not None:
         inputs["labels"] = [context.known_labels.digest, DRAWS]
+
+    def recorded(start: str) -> bool:
+        fingerprint = directory.fingerprint("train", 2, {**inputs, "start": start}, ["graph"])
+        return directory.record("train").fingerprint == fingerprint
+
+    again = ranks.main and settings.enabled and choose_start(directory, context.warm, context.due, recorded)
+    warm = directory.path / START if ranks.agree(again) else None
+    if warm is not None:
+        inputs["start"] = checksum(warm)
     with torch_at_work(ranks.threads(context.threads)), _deterministic(settings.deterministic):
         _on_all_ranks(context, directory, ranks, "train", 2, inputs, ["graph"], make)
 
@@ -103,7 +111,8 @@ def embed_cells(context: Context, directory: RunDirectory) -> None:
         device = ranks.device(resolve_device(config.device))
         features = open_features(open_cache(context, directory), details["operator_id"])
         assert state is not None, "the main rank has told the state"
-        expression = _open_expression(context, directory, settings) if settings.loadings == "learned" else None
+        shuffle = _shuffle(context, settings) if settings.loadings == "learned" else None
+        expression = _open_expression(context, directory, settings, shuffle)
         model = build_model(features, settings, config.seed, expression).to(device)
         model.load_state_dict(state.model)
         if config.embed.fuse == "concatenate" and model.single_stream:
@@ -164,6 +173,7 @@ def _training(
     cache: OperatorCache,
     device: torch.device,
     fingerprint: str,
+    shuffle: Shuffle | None,
 ) -> Training:
     """Put together what a training is made of."""
     from schelix_scale.training.dist import ALONE
@@ -172,7 +182,7 @@ def _training(
     from schelix_scale.training.refresh import Refresh, open_features
 
     store, known, seed = context.store, context.known_labels, context.config.seed
-    expression = _open_expression(context, directory, settings)
+    expression = _open_expression(context, directory, settings, shuffle)
     if expression is not None and store.row_access == "scan":
         context.reporter.warn(
             f"{store.source} is stored by genes: to read its cells again and again is slow. Write X as a CSR matrix, "
@@ -221,12 +231,13 @@ def _shuffle(context: Context, settings: TrainConfig) -> Shuffle | None:
     return shuffle_for(context.store, int(STREAM_SHARE * context.budget))
 
 
-def _open_expression(context: Context, directory: RunDirectory, settings: TrainConfig) -> Expression | None:
+def _open_expression(
+    context: Context, directory: RunDirectory, settings: TrainConfig, shuffle: Shuffle | None
+) -> Expression | None:
     """Open where training reads expression, with the first layers that the sketch gave; None if it reads the cache."""
     from schelix_scale.features.streams import Streams
     from schelix_scale.training.expression import Expression
 
-    shuffle = _shuffle(context, settings)
     if shuffle is None:
         return None
     measured = context.measured

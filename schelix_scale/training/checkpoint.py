@@ -59,7 +59,7 @@ class TrainState:
 
 
 def save_checkpoint(folder: Path, state: TrainState, fingerprint: str, keep: int = KEEP) -> Path:
-    """Write ``folder/step-PP-SSSSSS/`` and drop all but the last ``keep``."""
+    """Write ``folder/step-PP-SSSSSS/`` and drop all but the last ``keep``; later ones were passed over, and go too."""
     target = folder / checkpoint_name(state.phase, state.step)
     with publish(target) as partial:
         partial.mkdir()
@@ -67,7 +67,9 @@ def save_checkpoint(folder: Path, state: TrainState, fingerprint: str, keep: int
         torch.save({"format": FORMAT, "fingerprint": fingerprint, **vars(state)}, content)
         (partial / STATE).write_bytes(content.getbuffer())
         (partial / CHECKSUM).write_text(hashlib.sha256(content.getbuffer()).hexdigest() + "\n", encoding="ascii")
-    for old in _checkpoints(folder)[:-keep]:
+    known = _checkpoints(folder)
+    place = known.index(target) + 1
+    for old in known[: max(place - keep, 0)] + known[place:]:
         shutil.rmtree(old)
     return target
 

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from schelix_scale.errors import ConfigError, TrainingError
@@ -47,6 +48,7 @@ def launch(nproc: int, arguments: Sequence[str], reporter: Reporter) -> None:
             rdzv_endpoint="localhost:0",
             local_addr="localhost",
             max_restarts=0,
+            **_heard(),
         )
         try:
             with _signals_as_ever():
@@ -72,6 +74,15 @@ def launch(nproc: int, arguments: Sequence[str], reporter: Reporter) -> None:
             reporter.warn(f"{said}; all ranks are started again and go on from the last checkpoint")
         else:
             return
+
+
+def _heard() -> dict[str, Any]:
+    """Let torch leave alone what this process ignores, as hangups after nohup; older versions of it cannot."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    known = {field.name for field in fields(LaunchConfig)}
+    heard = [number.name for number in HANDLED if signal.getsignal(number) != signal.SIG_IGN]
+    return {"signals_to_handle": ",".join(heard)} if "signals_to_handle" in known else {}
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from schelix_scale.errors import RunError, TrainingError
+from schelix_scale.publish import checksum
 from schelix_scale.records import recorded_stages
 from schelix_scale.run_directory import RunDirectory
 
@@ -16,8 +18,30 @@ if TYPE_CHECKING:
 START = "start.pt"
 
 
-def keep_weights(directory: RunDirectory) -> None:
+def choose_start(
+    directory: RunDirectory, asked: bool, due: frozenset[str] | None, recorded: Callable[[str], bool]
+) -> bool:
+    """Say whether a training starts from ``start.pt``: because that is asked, or because the one under way or done did.
+
+    What is left of another training is removed. ``recorded`` says whether the training that the run has is the one that
+    is wanted, from a start with this checksum.
+    """
+    path, stages = directory.path / START, recorded_stages(directory.path)
+    if asked:
+        keep_weights(directory, due)
+        return True
+    if not path.exists():
+        return False
+    wanted = "train" not in stages or recorded(checksum(path))
+    if not wanted:
+        path.unlink()
+    return wanted
+
+
+def keep_weights(directory: RunDirectory, due: frozenset[str] | None) -> None:
     """Keep the weights of a run's last training as the start of the next; those of one under way stay.
+
+    So do those of a continued training whose embedding is ``due`` and not made yet: the same command goes on.
 
     Raises
     ------
@@ -28,11 +52,16 @@ def keep_weights(directory: RunDirectory) -> None:
 
     from schelix_scale.training.checkpoint import final_checkpoint
 
-    if "train" not in recorded_stages(directory.path):
+    stages = recorded_stages(directory.path)
+    if "train" not in stages:
         if (directory.path / START).exists():  # such a training was interrupted, and goes on
             return
         raise RunError(f"{directory.path} has no finished training to continue. Train it first: schelix train.")
-    details = directory.record("train").details
+    record = directory.record("train")
+    waits = due is not None and "embed" in due and not (directory.path / "manifest.json").exists()
+    if waits and START in {artifact.path for artifact in record.artifacts}:
+        return
+    details = record.details
     state = final_checkpoint(directory.path / "checkpoints" / details["checkpoint"], details["key"])
     with directory.publish(START) as path:
         torch.save({"after": details["key"], "model": state.model}, path)

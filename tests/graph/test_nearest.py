@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 
+from schelix_scale.errors import GraphError
 from schelix_scale.graph import nearest as module
 from schelix_scale.graph.build import TASK_BYTES
 from schelix_scale.graph.nearest import distinct, nearest, nearest_among, nearest_in_blocks
@@ -95,6 +96,14 @@ def test_memory_does_not_grow_with_the_candidates() -> None:
     assert peak < TASK_BYTES
     assert all(len(set(row)) == 30 for row in columns.tolist())
     np.testing.assert_allclose(values, 1, atol=1e-6)
+
+
+def test_what_is_not_finite_has_no_neighbours() -> None:
+    unit = unit_rows(gaussian_cells(n=300)[0])
+    queries = unit[:4].copy()
+    queries[1] = np.nan
+    with pytest.raises(GraphError, match="not finite"):
+        nearest_among(queries, unit, np.arange(4, 300), 5)
 
 
 def test_distinct() -> None:

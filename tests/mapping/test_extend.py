@@ -19,6 +19,8 @@ from schelix_scale.cli import app
 from schelix_scale.continuing import continue_run
 from schelix_scale.errors import ConfigError, DataError, RunError, TrainingError
 from schelix_scale.progress import QuietReporter
+from schelix_scale.run import RunDirectory
+from schelix_scale.training.warm import keep_weights
 from tests.mapping.conftest import Atlas
 from tests.run_tools import tree
 
@@ -191,14 +193,37 @@ def test_a_training_goes_on_from_the_weights_of_the_run(extended: Run, atlas: At
     assert np.abs(run.embedding - old).max() < 1e-3 * spread  # hardly a step: as it was, new cells too
     anew = continue_run(out, "train", warm=True, reporter=QuietReporter(), train__align_steps=5)
     assert anew is None
-    reporter = QuietReporter()
-    assert continue_run(out, "embed", reporter=reporter) is not None
+    reporter, start = QuietReporter(), out / "start.pt"
+    again = {"train__align_steps": 5}
+    run = continue_run(out, "train", then=["embed"], warm=True, reporter=reporter, **again)  # as when embed was killed
+    assert run is not None
     assert "train: done before, skipped" in reporter.messages
+    assert run.verify() == []
+    first = start.read_bytes()
+    assert continue_run(out, "embed", reporter=QuietReporter()) is not None
+    assert start.read_bytes() == first
+    other = continue_run(out, "train", reporter=QuietReporter(), train__align_steps=1)  # from the beginning
+    assert other is None
+    assert not start.exists()
     assert tree(atlas.run) == before
     with pytest.raises(ConfigError, match="only a training"):
         continue_run(out, "embed", warm=True, reporter=QuietReporter())
     with pytest.raises(TrainingError, match="does not fit the model"):
         continue_run(out, "train", warm=True, reporter=QuietReporter(), train__width=16)
+
+
+def test_a_run_that_was_trained_on_is_not_filled_with_what_the_old_model_makes(
+    extended: Run, atlas: Atlas, query_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run2"
+    shutil.copytree(extended.path, out)
+    with RunDirectory.open(out, writable=True) as directory:
+        keep_weights(directory, None)
+    shutil.rmtree(out / "embedding.zarr")
+    with pytest.raises(RunError, match=r"was trained on after it had been extended\. To finish it run `schelix embed"):
+        extend(atlas.run, query_file, batch_key="batch", out=out, reporter=QuietReporter())
+    assert continue_run(out, "embed", reporter=QuietReporter()) is not None  # no training had begun: the old weights
+    np.testing.assert_allclose(Run.open(out).embedding, extended.embedding, atol=1e-5)
 
 
 def test_one_cannot_go_on_without_a_training(atlas: Atlas, tmp_path: Path) -> None:

@@ -132,6 +132,16 @@ def test_a_spoiled_checkpoint_gives_way_to_the_one_before(tmp_path: Path, how: s
         final_checkpoint(newest, "abc")
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_torn_checkpoint_that_was_passed_over_does_not_push_good_ones_out(tmp_path: Path, keep: int) -> None:
+    save_checkpoint(tmp_path, state_at(0, 50), "abc")
+    spoil(save_checkpoint(tmp_path, state_at(0, 100), "abc"), "0.5")
+    for step in (60, 70):
+        save_checkpoint(tmp_path, state_at(0, step), "abc", keep)
+        check(latest_checkpoint(tmp_path, "abc"), 0, step)
+    assert len(list(tmp_path.iterdir())) == keep
+
+
 @pytest.mark.parametrize("how", TORN)
 def test_nothing_readable_is_nothing(tmp_path: Path, how: str) -> None:
     spoil(save_checkpoint(tmp_path, state_at(0, 50), "abc"), how)

@@ -9,7 +9,7 @@ from torch.distributed.elastic.multiprocessing.api import _terminate_process_han
 
 from schelix_scale.errors import ConfigError, TrainingError
 from schelix_scale.progress import QuietReporter
-from schelix_scale.training.launch import HANDLED, _signals_as_ever, launch
+from schelix_scale.training.launch import HANDLED, _heard, _signals_as_ever, launch
 
 
 def take_over() -> None:
@@ -40,6 +40,16 @@ def test_other_signals_do_what_they_did_before() -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     assert told == [signal.SIGTERM]
+
+
+def test_what_this_process_ignores_is_left_alone() -> None:
+    """As hangups after nohup."""
+    assert set(_heard()["signals_to_handle"].split(",")) == {number.name for number in HANDLED}
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert "SIGHUP" not in _heard()["signals_to_handle"]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_no_process_is_too_few() -> None:
