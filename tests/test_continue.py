@@ -47,6 +47,7 @@ def schelix(*arguments: object) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow  # among the longest of the suite
 def test_stage_by_stage_is_the_same_as_at_once_and_needs_no_source(
     whole: Run, prepared: Path, source: Path, tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ def test_without_label_key_no_label_matters(adata: anndata.AnnData, tmp_path: Pa
     np.testing.assert_array_equal(*embeddings)
 
 
+@pytest.mark.slow  # among the longest of the suite
 def test_changed_labels_are_used_and_carried(adata: anndata.AnnData, tmp_path: Path) -> None:
     first = run(adata, tmp_path / "run", label_key="part").embedding
     changed = adata.copy()
@@ -70,6 +71,7 @@ def test_changed_labels_are_used_and_carried(adata: anndata.AnnData, tmp_path: P
     assert second.to_anndata().obs["part"].tolist() == changed.obs["part"].tolist()
 
 
+@pytest.mark.slow  # among the longest of the suite
 def test_changed_obs_of_the_same_cells_is_carried(adata: anndata.AnnData, tmp_path: Path) -> None:
     first = run(adata, tmp_path / "run").embedding[:]
     changed = adata.copy()

@@ -95,6 +95,7 @@ def test_a_union_of_the_same_genes_is_their_intersection(files: list[Path], tmp_
     np.testing.assert_array_equal(one.embedding, two.embedding)
 
 
+@pytest.mark.slow  # among the longest of the suite
 def test_a_union_has_the_genes_of_all_files(by_donor: list[Path], tmp_path: Path) -> None:
     adata = ad.read_h5ad(by_donor[2])
     adata[:, 30:].copy().write_h5ad(tmp_path / "less.h5ad")
@@ -188,6 +189,7 @@ def test_inspection_of_files(by_donor: list[Path], whole: ad.AnnData) -> None:
     assert "no obs column 'donor'" in asked.problems[0]
 
 
+@pytest.mark.slow  # among the longest of the suite
 def test_the_command_line_takes_files_and_patterns(by_donor: list[Path], tmp_path: Path) -> None:
     fast = [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
     pattern = str(by_donor[0].parent / "*.h5ad")

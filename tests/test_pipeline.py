@@ -116,6 +116,7 @@ def test_a_finished_run_is_returned_untouched(finished: schelix_scale.Run, sourc
     np.testing.assert_array_equal(again.embedding, finished.embedding)
 
 
+@pytest.mark.slow  # among the longest of the suite
 def test_same_seed_same_embedding_other_seed_another(finished: schelix_scale.Run, source: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(run(source, tmp_path / "same").embedding, finished.embedding)
     assert not np.array_equal(run(source, tmp_path / "other", seed=1).embedding, finished.embedding)
@@ -363,6 +364,7 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(source: Path, t
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow  # among the longest of the suite
 def test_less_memory_means_a_smaller_sketch_and_is_said(tmp_path: Path) -> None:
     cells = make_cells(n_types=4, n_batches=3, per_group=100, n_genes=150)
     obs = pd.DataFrame({"batch": [f"b{b}" for b in cells.batch_n]}, index=[f"c{i}" for i in range(len(cells.batch_n))])
@@ -375,6 +377,7 @@ def test_less_memory_means_a_smaller_sketch_and_is_said(tmp_path: Path) -> None:
     assert not any(message.endswith("skipped") for message in reporter.messages), "the sketch is another"
 
 
+@pytest.mark.slow  # among the longest of the suite
 def test_a_damaged_final_checkpoint_is_made_again(source: Path, tmp_path: Path) -> None:
     finished, reporter = run(source, tmp_path / "run"), QuietReporter()
     expected = np.array(finished.embedding)

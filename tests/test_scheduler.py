@@ -64,6 +64,7 @@ def run(source: Path, out: Path, **settings: Any) -> Path:
     return out
 
 
+@pytest.mark.slow  # among the longest of the suite
 def test_threads_and_a_cluster_write_the_same_bytes(cluster: Any, source: Path, tmp_path: Path) -> None:
     here = run(source, tmp_path / "threads")
     there = run(source, tmp_path / "cluster", scheduler=cluster.scheduler_address)
@@ -92,6 +93,7 @@ def test_neighbours_are_searched_on_a_cluster(cluster: Any, tmp_path: Path, monk
     assert {"Probe", "Expand"} <= done, "the cluster did it"
 
 
+@pytest.mark.slow  # among the longest of the suite
 def test_a_run_goes_on_with_another_scheduler(cluster: Any, source: Path, tmp_path: Path) -> None:
     out = run(source, tmp_path / "run")
     (out / "features" / "anchor.npy").unlink()

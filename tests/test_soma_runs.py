@@ -88,6 +88,7 @@ def test_a_filtered_experiment_is_integrated_as_its_file(file_run: Run, experime
     assert list(result.to_anndata().obs_names) == list(file_run.to_anndata().obs_names)
 
 
+@pytest.mark.slow  # among the longest of the suite
 def test_a_census_is_integrated_as_the_file_of_its_cells(
     file_run: Run, cells: ad.AnnData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +159,7 @@ def read_back(experiment: Path, value_filter: str | None = None) -> ad.AnnData:
             return asked.to_anndata("data", obsm_layers=["X_schelix"])
 
 
+@pytest.mark.slow  # among the longest of the suite
 def test_an_experiment_is_exported_into_itself(experiment: Path, tmp_path: Path) -> None:
     lung = {"data__obs_filter": "tissue == 'lung'", **FAST}
     result = run(experiment, tmp_path / "run", **lung)

@@ -143,6 +143,7 @@ def test_strength_0_says_what_it_is(adata: anndata.AnnData, tmp_path: Path) -> N
     assert not any("graph kept" in message or "refresh" in message for message in reporter.messages)
 
 
+@pytest.mark.slow  # among the longest of the suite
 def test_without_a_partition_anchors_are_corrected_and_batches_reweighted(
     adata: anndata.AnnData, tmp_path: Path
 ) -> None:

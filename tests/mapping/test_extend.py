@@ -105,6 +105,7 @@ def test_later_stages_take_it_for_done(extended: Run) -> None:
     assert done == ["features", "graph", "train", "embed"]
 
 
+@pytest.mark.slow  # among the longest of the suite
 def test_ten_extensions_in_a_row(atlas: Atlas, tmp_path: Path) -> None:
     run, query = atlas.run, atlas.query
     for version in range(10):
@@ -182,6 +183,7 @@ def test_the_verbs(atlas: Atlas, query_file: Path, tmp_path: Path) -> None:
         extend(run, new, out=run, reporter=QuietReporter())
 
 
+@pytest.mark.slow  # among the longest of the suite
 def test_a_training_goes_on_from_the_weights_of_the_run(extended: Run, atlas: Atlas, tmp_path: Path) -> None:
     out, before = tmp_path / "run2", tree(atlas.run)
     shutil.copytree(extended.path, out)
