@@ -64,10 +64,12 @@ class LabelColumns:
     ) -> None:
         """Write a block of m cells: probabilities and sets (m, l), which are novel (m,), which have any vote (m,).
 
-        A cell without labelled neighbours is no more one label than another: ``unknown``, with all labels in its set.
+        A cell without a vote (no labelled neighbours, or none of its genes is known) is no more one label than another:
+        ``unknown``, with all labels in its set.
         """
         rows = slice(start, start + len(novel))
         sets = sets | ~voted[:, None]
+        probabilities = np.where(voted[:, None], probabilities, 1 / len(self.labels.names))
         self.code_n[rows] = np.where(novel | ~voted, -1, probabilities.argmax(axis=1))
         self.probability_n[rows] = probabilities.max(axis=1)
         self.set_n[rows] = np.packbits(sets & ~novel[:, None], axis=1)
@@ -91,12 +93,20 @@ def query_obs(query: Query) -> pd.DataFrame:
     """Return the query's own obs columns, in forms that zarr can hold."""
     table = query.store.obs().copy()
     for name in table.columns:
-        kind = table[name].dtype
-        if kind.kind == "O" and pd.api.types.infer_dtype(table[name], skipna=True) not in PLAIN:
-            table[name] = table[name].astype(str)
+        table[name] = _holdable(table[name])
     table.columns = [str(name).replace("/", "_") for name in table.columns]
     table.index = pd.Index(query.store.cell_names, name=None)
     return table.drop(columns=[name for name in table.columns if name == BATCH or name.startswith(PREFIX)])
+
+
+def _holdable(column: pd.Series) -> pd.Series:
+    """Return a column as zarr can hold it: categories as they are, and what is neither text nor numbers as text."""
+    values = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column
+    if values.dtype.kind == "O" and pd.api.types.infer_dtype(values, skipna=True) not in PLAIN:
+        return column.astype(str)
+    if isinstance(column.dtype, pd.StringDtype):  # missing text is None, which every version of AnnData writes
+        return column.astype(object).where(column.notna(), None)
+    return column
 
 
 def create_mapped(path: Path, n: int, widths: dict[str, int]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from schelix_scale.mapping.columns import (
 )
 from schelix_scale.mapping.diffusion import query_weights
 from schelix_scale.mapping.novelty import NEIGHBORS
-from schelix_scale.mapping.query import BLOCK, CORRECTED, DISTANCES, INDICES, MOVES, RAW, STREAMS, Query
+from schelix_scale.mapping.query import BLOCK, CORRECTED, DISTANCES, INDICES, MEASURED, MOVES, RAW, STREAMS, Query
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.records import StageRecord
 from schelix_scale.scheduling import run_tasks
@@ -161,14 +161,14 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
     """Write mapped.zarr: obs with labels and novelty, and the latents."""
     frozen, settings, n = query.frozen, query.settings, query.store.n_cells
     inputs = {"labels": [column.key for column in labels], "coverage": settings.coverage, "novelty": settings.novelty}
-    inputs |= {"obs": query.store.obs_fingerprint(), "version": 2}
+    inputs |= {"obs": query.store.obs_fingerprint(), "version": 3}
 
     def make() -> tuple[list[str], dict[str, Any]]:
         raw = query.load(RAW.format("anchor"))
         features = [query.load(CORRECTED.format(name)) for name in STREAMS]
         learned = query.directory.record("project").details["learned"]
         moves = [query.load(MOVES.format(name)) for name in STREAMS] if learned else None
-        indices, distances = query.load(INDICES), query.load(DISTANCES)
+        indices, distances, measured = query.load(INDICES), query.load(DISTANCES), query.load(MEASURED)
         found = {name: np.zeros(n, np.float32) for name in (NOVELTY, P_VALUE, DISTANCE)}
         columns = [LabelColumns(column, n) for column in labels]
         with query.directory.publish(MAPPED) as path, query.reporter.stage("map", n) as progress:
@@ -183,13 +183,15 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
                 got = encode_cells(frozen, np.asarray(raw[rows]), own, moved, near, far, calibration, settings.novelty)
                 for key, latent in got.latents.items():
                     arrays[key][rows] = latent
-                for name, values in zip(found, (got.novelty, got.p_value, got.distance), strict=True):
+                seen = np.asarray(measured[rows])
+                p_value = np.where(seen, got.p_value, 1.0)  # of a cell without any gene nothing speaks for novelty
+                for name, values in zip(found, (got.novelty, p_value, got.distance), strict=True):
                     found[name][rows] = values
-                novel = got.p_value <= settings.novelty
+                novel = p_value <= settings.novelty
                 for column, fit in zip(columns, calibration.labels, strict=True):
                     votes = vote(far, column.labels.code_n[near], len(column.labels.names))
                     sharp = fit.probabilities(votes)
-                    voted = (column.labels.code_n[near] != NOT_LABELLED).any(axis=1)
+                    voted = seen & (column.labels.code_n[near] != NOT_LABELLED).any(axis=1)
                     column.fill(span[0], sharp, fit.sets(sharp, settings.coverage), novel, voted)
                 return span[1] - span[0]
 

@@ -13,6 +13,7 @@ from schelix_scale.errors import DataError
 from schelix_scale.features.projection import Projection
 from schelix_scale.features.streams import Streams
 from schelix_scale.genes.normalize import TARGET_SUM
+from schelix_scale.genes.partition import ANCHOR
 from schelix_scale.stores.anndata import AnnDataStore
 from schelix_scale.stores.base import CellStore
 from schelix_scale.stores.memory import MemoryStore
@@ -74,9 +75,7 @@ def match_genes(store: CellStore, genes: pd.DataFrame, used_g: np.ndarray, gene_
     DataError
         The query has no such column.
     """
-    ours = {NAMES: _texts(genes.index)} | {
-        str(name): _texts(genes[name]) for name in genes if genes[name].dtype == object
-    }
+    ours = {NAMES: _texts(genes.index)} | {str(name): _texts(genes[name]) for name in genes if _is_text(genes[name])}
     ours.pop("role", None)
     theirs = query_names(store)
     if gene_key is not None:
@@ -105,6 +104,11 @@ def query_names(store: CellStore) -> dict[str, pd.Index]:
     if table is not None:
         names |= {str(name): _texts(table[name]) for name in table}
     return names
+
+
+def _is_text(column: pd.Series) -> bool:
+    """Whether a column may hold text: of type object, or of one of pandas' types of text."""
+    return bool(pd.api.types.is_object_dtype(column) or pd.api.types.is_string_dtype(column))
 
 
 def _texts(names: pd.Index | pd.Series) -> pd.Index:
@@ -153,9 +157,24 @@ def reference_values(x_mq: sparse.csr_matrix, match: GeneMatch, values: str, tar
     return sparse.csr_matrix((data.astype(np.float32), places[picked.indices], picked.indptr), shape=shape)
 
 
-def shared_target(match: GeneMatch, mean_g: np.ndarray) -> float:
-    """Sum to which a query's shared genes are normalised: 1e4 if it has all genes of the reference."""
-    share_g = np.expm1(mean_g)
+def measured_rows(x_mq: sparse.csr_matrix, match: GeneMatch) -> np.ndarray:
+    """Which cells have any value of a gene that the reference has too, (m,) bool."""
+    shared_q = np.zeros(x_mq.shape[1], np.float64)
+    shared_q[match.place_g[match.place_g >= 0]] = 1.0
+    return np.asarray(x_mq @ shared_q).ravel() > 0
+
+
+def shared_target(match: GeneMatch, mean_g: np.ndarray, variance_g: np.ndarray) -> float:
+    """Sum to which a query's shared genes are normalised: 1e4 if it has all genes of the reference.
+
+    What is known of a gene are mean and variance (g,) of its logarithms. Its mean before the logarithm is that of the
+    gene which is 0 in a share of cells and one value in all others, with this mean and variance: most genes are 0 in
+    most cells, where exp(mean) - 1 would be far too low.
+    """
+    square_g = variance_g + mean_g**2
+    value_g = np.divide(square_g, mean_g, out=np.zeros_like(square_g), where=mean_g > 0)
+    on_g = np.divide(mean_g**2, square_g, out=np.zeros_like(square_g), where=square_g > 0)
+    share_g = on_g * np.expm1(value_g)
     total = share_g.sum()
     return TARGET_SUM * float(share_g[match.place_g >= 0].sum() / total) if total > 0 else TARGET_SUM
 
@@ -173,7 +192,9 @@ def restricted_streams(
     spread
         (a,) and (v,) variances of the reference's uncorrected components.
     """
-    anchor = _restricted(streams.anchor, match, genes, scale_power, spread[0])
+    role_h = genes["role"].to_numpy()[streams.anchor.genes]
+    weight_h = np.where(role_h == ANCHOR, 1.0, 1.0 - streams.strength)  # as `project_anchors` fitted them
+    anchor = _restricted(streams.anchor, match, genes, scale_power, spread[0], weight_h)
     variant = None
     if streams.variant is not None:
         variant = _restricted(streams.variant, match, genes, scale_power, spread[1])
@@ -181,13 +202,19 @@ def restricted_streams(
 
 
 def _restricted(
-    projection: Projection, match: GeneMatch, genes: pd.DataFrame, scale_power: float, spread_d: np.ndarray
+    projection: Projection,
+    match: GeneMatch,
+    genes: pd.DataFrame,
+    scale_power: float,
+    spread_d: np.ndarray,
+    weight_h: np.ndarray | None = None,
 ) -> Projection:
     """Return the expected projection on all genes, given those that are there: linear, so a projection again.
 
     Scaled genes are x = C z + noise, with C the (h, d) orthonormal components, z of variance ``spread_d`` and noise of
     variance s. With P the genes that are there, the rest of the projection is expected to be
     C_M' C_M (C_P' C_P + s / spread)^-1 C_P' x_P (principal components with missing data: Tipping & Bishop 1999).
+    ``weight_h`` (h,) are the weights, above 0, that `fit_projection` multiplied scaled genes by; 1 by default.
     """
     lacking_h = match.place_g[projection.genes] < 0
     whole = replace(projection, offset_pd=None)
@@ -196,6 +223,7 @@ def _restricted(
     mean_h = np.minimum(genes["mean"].to_numpy()[projection.genes], projection.cap)
     variance_h = genes["var"].to_numpy()[projection.genes]
     scale_h = np.where(variance_h > 0, np.sqrt(variance_h), 1.0) ** scale_power
+    scale_h = scale_h if weight_h is None else scale_h / weight_h
     loadings_hd = projection.loadings_hd.astype(np.float64)
     components_hd = loadings_hd * scale_h[:, None]
     lacking_dd = components_hd[lacking_h].T @ components_hd[lacking_h]

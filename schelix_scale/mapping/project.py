@@ -17,12 +17,13 @@ from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.mapping.genes import (
     GeneMatch,
     match_genes,
+    measured_rows,
     reference_values,
     require_genes,
     restricted_streams,
     shared_target,
 )
-from schelix_scale.mapping.query import MOVES, RAW, STREAMS, Query
+from schelix_scale.mapping.query import MEASURED, MOVES, RAW, STREAMS, Query
 from schelix_scale.publish import create_array
 from schelix_scale.records import StageRecord
 from schelix_scale.scheduling import run_tasks
@@ -76,7 +77,7 @@ def project(query: Query) -> StageRecord:
     """Write the uncorrected components of all cells, in one pass over the store."""
     frozen, store, settings = query.frozen, query.store, query.settings
     inputs: dict[str, Any] = {"source": store.fingerprint(), "values": settings.values, "gene_key": settings.gene_key}
-    inputs |= {"min_genes": settings.min_genes}
+    inputs |= {"min_genes": settings.min_genes, "version": 2}
 
     def make() -> tuple[list[str], dict[str, Any]]:
         encoders = _encoders(query)
@@ -90,6 +91,8 @@ def project(query: Query) -> StageRecord:
             targets = {name: published.enter_context(query.directory.publish(file)) for name, file in names.items()}
             for name, path in targets.items():
                 create_array(path, (n, dims[name.partition("_")[0]]), "float32")
+            there = published.enter_context(query.directory.publish(MEASURED))
+            create_array(there, (n,), "bool")
             size = block_size(store, int(PASS_SHARE * query.budget), query.threads)
 
             def task(span: tuple[int, int]) -> int:
@@ -98,11 +101,14 @@ def project(query: Query) -> StageRecord:
                 check_block(x_mq, rows, store, values)
                 for name, found in _encode(query, encoders, x_mq, rows, values).items():
                     write_rows(targets[name], span[0], found)
+                write_rows(there, span[0], _measured_rows(query, encoders, x_mq, rows))
                 return len(rows)
 
             run_tasks(task, list(row_blocks(n, size)), query.threads, None, progress.advance)
         facts = min((encoder.match for encoder in encoders), key=lambda match: match.used_share).facts()
-        return list(names.values()), {**facts, "values": values, "learned": learned}
+        blind = _say_blind(query)
+        made = [*names.values(), MEASURED]
+        return made, {**facts, "cells_without_genes": blind, "values": values, "learned": learned}
 
     return query.stage("project", inputs, [], make)
 
@@ -120,6 +126,30 @@ def _encode(
         for name, found in encoders[group].encode(x_mq[chosen], values).items():
             out.setdefault(name, np.empty((len(rows), found.shape[1]), np.float32))[chosen] = found
     return out
+
+
+def _measured_rows(
+    query: Query, encoders: Sequence[_Encoder], x_mq: sparse.csr_matrix, rows: np.ndarray
+) -> np.ndarray:
+    """Return which cells of a block have any value of a gene that the reference has too, (m,) bool."""
+    if query.measured is None:
+        return measured_rows(x_mq, encoders[0].match)
+    group_m, out = query.measured.group_n[rows], np.zeros(len(rows), bool)
+    for group in np.unique(group_m):
+        chosen = group_m == group
+        out[chosen] = measured_rows(x_mq[np.flatnonzero(chosen)], encoders[group].match)
+    return out
+
+
+def _say_blind(query: Query) -> int:
+    """Count the cells without any value of a gene that the reference has, and warn of them."""
+    blind = int((~query.load(MEASURED)).sum())
+    if blind:
+        query.reporter.warn(
+            f"{blind:,} of {query.store.n_cells:,} cells have no counts of any gene that the reference has: nothing is "
+            "known of them, so their labels are unknown and their latents mean nothing. Drop them"
+        )
+    return blind
 
 
 def _encoders(query: Query) -> list[_Encoder]:
@@ -143,17 +173,18 @@ def _encoders(query: Query) -> list[_Encoder]:
     if frozen.model.loadings is not None:
         parts = frozen.model.loadings.anchor, frozen.model.loadings.variant
         learned = (parts[0].detach().numpy(), parts[1].detach().numpy())
-    mean_g = genes["mean"].to_numpy()
+    mean_g, variance_g = genes["mean"].to_numpy(), genes["var"].to_numpy()
     power, encoders = frozen.config.features.scale_power, []
     for found in matches:
         require_genes(found, store, genes, settings.min_genes)
         streams = restricted_streams(frozen.streams, found, genes, power, (spread[0], spread[1]))
-        encoders.append(_Encoder(found, streams, shared_target(found, mean_g), learned, mean_g))
-    facts = min(matches, key=lambda one: one.used_share).facts()
+        encoders.append(_Encoder(found, streams, shared_target(found, mean_g, variance_g), learned, mean_g))
+    worst = min(matches, key=lambda one: one.used_share)
+    facts = worst.facts()
     say = query.reporter.warn if facts["used_genes_missing"] else query.reporter.say
-    lacking = f"; {facts['used_genes_missing']:,} of those it uses are missing ({1 - match.used_share:.1%})"
+    lacking = f"; {facts['used_genes_missing']:,} of those it uses are missing ({1 - worst.used_share:.1%})"
     say(
-        f"{facts['genes_matched']:,} of {len(genes):,} genes of the reference are there ({match.by})"
+        f"{facts['genes_matched']:,} of {len(genes):,} genes of the reference are there ({worst.by})"
         + (lacking if facts["used_genes_missing"] else "")
     )
     return encoders

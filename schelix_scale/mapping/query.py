@@ -37,6 +37,7 @@ DRAWN_STEPS = 1024  # in a standard deviation: rounding hardly ever changes whic
 RAW, CORRECTED = "features/{}_raw.npy", "features/{}.npy"
 STREAMS = ("anchor", "variant")
 MOVES = "features/{}_learned.npy"
+MEASURED = "features/measured.npy"
 SHIFTS = "features/shifts.npz"
 INDICES, DISTANCES = "neighbors/indices.npy", "neighbors/distances.npy"
 

@@ -294,7 +294,7 @@ def test_row_numbers_of_partitions_may_be_large(tmp_path: Path) -> None:
 
 
 def test_room_grows_with_the_budget() -> None:
-    assert room_for(10**9, 30, 30) == pytest.approx(600e6 / 1_600, rel=0.05)
+    assert room_for(10**9, 30, 30) == pytest.approx(440e6 / 1_600, rel=0.05)
     assert room_for(2 * 10**9, 30, 30) > 2 * room_for(10**9, 30, 30)
 
 
