@@ -46,9 +46,18 @@ def append_rows(source: np.ndarray, new: np.ndarray, target: Path) -> None:
 
 
 def new_batch_names(batches: Batches, taken: Sequence[str], version: int) -> list[str]:
-    """Names of new batches; one that the run has already gets the version after it."""
-    known = set(map(str, taken))
-    return [f"{name} (version {version})" if name in known else name for name in batches.names]
+    """Names of new batches; one that the run has already gets the version after it, and no two are the same."""
+    known, found = {*map(str, taken), *batches.names}, []
+    for name in batches.names:
+        if name in set(map(str, taken)):
+            new, count = f"{name} (version {version})", 1
+            while new in known:
+                count += 1
+                new = f"{name} (version {version}, {count})"
+            known.add(new)
+            name = new
+        found.append(name)
+    return found
 
 
 def appended_cells(

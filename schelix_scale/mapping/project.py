@@ -128,9 +128,7 @@ def _encode(
     return out
 
 
-def _measured_rows(
-    query: Query, encoders: Sequence[_Encoder], x_mq: sparse.csr_matrix, rows: np.ndarray
-) -> np.ndarray:
+def _measured_rows(query: Query, encoders: Sequence[_Encoder], x_mq: sparse.csr_matrix, rows: np.ndarray) -> np.ndarray:
     """Return which cells of a block have any value of a gene that the reference has too, (m,) bool."""
     if query.measured is None:
         return measured_rows(x_mq, encoders[0].match)

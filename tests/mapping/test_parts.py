@@ -12,6 +12,7 @@ from scipy import sparse
 
 from schelix_scale import Reference, open_store
 from schelix_scale.errors import DataError
+from schelix_scale.extending.files import new_batch_names
 from schelix_scale.extending.index import append_index
 from schelix_scale.features.correction import fit_correction
 from schelix_scale.features.projection import fit_projection
@@ -21,6 +22,7 @@ from schelix_scale.graph.operator import build_operator
 from schelix_scale.mapping.correction import Clusters, fit_batch, shifted
 from schelix_scale.mapping.diffusion import Levels, kernel_widths, query_weights
 from schelix_scale.mapping.genes import GeneMatch, _restricted, match_genes, reference_values, shared_target
+from schelix_scale.stores.batches import Batches
 from tests.mapping.conftest import Atlas
 from tests.synthetic import gaussian_cells, make_cells
 
@@ -77,10 +79,13 @@ def test_three_cells_move_little(planted: tuple[Clusters, np.ndarray, np.ndarray
     assert np.linalg.norm(shift.anchor_kd - prior, axis=1).max() < 0.6
 
 
-def test_missing_genes_count_as_what_the_others_lead_to_expect() -> None:
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_missing_genes_count_as_what_the_others_lead_to_expect(weight: float) -> None:
+    """Also where half of the genes have less weight, as the Variants do below a strength of 1."""
     x = make_cells(n_genes=120, per_group=30, seed=2).log_csr
     genes = np.arange(100)
-    projection, z = fit_projection(x, genes, 5, 0.75)
+    weights = np.where(genes < 50, 1.0, weight)
+    projection, z = fit_projection(x, genes, 5, 0.75, weights)
     dense = x.toarray()[:, genes].astype(np.float64)
     table = pd.DataFrame({"mean": x.toarray().mean(axis=0), "var": x.toarray().var(axis=0)})
     place = np.arange(x.shape[1])
@@ -88,12 +93,12 @@ def test_missing_genes_count_as_what_the_others_lead_to_expect() -> None:
     place[lacking] = -1
     match = GeneMatch(place, np.isin(np.arange(x.shape[1]), genes), "")
     spread = z.astype(np.float64).var(axis=0)
-    restricted = _restricted(projection, match, table, 0.75, spread)
+    restricted = _restricted(projection, match, table, 0.75, spread, weights)
     without = x.toarray()
     without[:, lacking] = 0
     found = restricted.apply(sparse.csr_matrix(without))
     # dense conditional expectation of a probabilistic PCA, with the covariance of all genes written out
-    scale = table["var"].to_numpy()[genes] ** 0.375
+    scale = table["var"].to_numpy()[genes] ** 0.375 / weights
     components = projection.loadings_hd * scale[:, None]
     noise = ((table["var"].to_numpy()[genes] / scale**2).sum() - spread.sum()) / (len(genes) - 5)
     covariance = components @ np.diag(spread) @ components.T + noise * np.eye(len(genes))
@@ -141,10 +146,20 @@ def test_a_panel_is_normalised_to_the_share_that_its_genes_have() -> None:
     genes = pd.DataFrame({"mean": np.log1p([30.0, 50.0, 20.0, 100.0])}, index=["a", "b", "c", "d"])
     match = match_genes(open_store(query), genes, np.array([True, True, False, True]), None)
     assert match.place_g.tolist() == [1, 0, 2, -1]
-    target = shared_target(match, genes["mean"].to_numpy())
+    target = shared_target(match, genes["mean"].to_numpy(), np.zeros(4))
     assert target == pytest.approx(1e4 / 2)
     found = reference_values(counts, match, "counts", target).toarray()
     np.testing.assert_allclose(found, np.log1p([[1500.0, 2500.0, 0, 0]]), rtol=1e-6)
+
+
+def test_the_share_of_genes_that_few_cells_have() -> None:
+    """Of counts that are 0 in most cells, from mean and variance of their logarithms alone."""
+    values = np.zeros((1000, 3))
+    values[:50, 0], values[:, 1], values[:400, 2] = 60.0, 4.0, 5.0
+    logs = np.log1p(values)
+    match = GeneMatch(np.array([0, -1, 1]), np.ones(3, bool), "")
+    target = shared_target(match, logs.mean(axis=0), logs.var(axis=0))
+    assert target == pytest.approx(1e4 * (3 + 2) / (3 + 4 + 2))
 
 
 def test_a_query_diffuses_as_a_row_of_the_operator_would() -> None:
@@ -192,3 +207,9 @@ def test_an_index_takes_in_new_cells(tmp_path: Path) -> None:
     before = CellIndex.open(tmp_path / "old")
     kept = index.cells[index.cells < 700]
     np.testing.assert_array_equal(kept, before.cells)
+
+
+def test_new_batches_have_names_of_their_own() -> None:
+    names = ["d1", "d1 (version 2)", "d2"]
+    batches = Batches(np.arange(3, dtype=np.int32), names, np.ones(3, int))
+    assert new_batch_names(batches, ["d1", "d3"], 2) == ["d1 (version 2, 2)", "d1 (version 2)", "d2"]
