@@ -60,6 +60,26 @@ def new_batch_names(batches: Batches, taken: Sequence[str], version: int) -> lis
     return found
 
 
+def _apart(
+    table: pd.DataFrame, obs: pd.DataFrame, batches: Batches, parts: Sequence[str], version: int
+) -> pd.DataFrame:
+    """Return obs of new cells in which batches, named by several columns, are others than those of the run.
+
+    The first part of a name that the run has already gets the version after it.
+    """
+    old, new = (list(zip(*(frame[name].astype(str) for name in parts), strict=True)) for frame in (table, obs))
+    pairs = set(zip(batches.codes.tolist(), new, strict=True))
+    if not len(pairs) == len({code for code, _ in pairs}) == len({name for _, name in pairs}):
+        raise DataError(
+            f"the batches of the run are those of {', '.join(parts)}, and those of the query are others: its batches "
+            "must have one value of each of these columns, and no two the same. Use the batch key of the run."
+        )
+    taken = set(old)
+    again = np.array([name in taken for name in new])
+    first = obs[parts[0]].astype(str)
+    return obs.assign(**{parts[0]: first.where(~again, first + f" (version {version})").astype("category")})
+
+
 def appended_cells(
     table: pd.DataFrame, store: CellStore, batches: Batches, batch_key: str, version: int
 ) -> pd.DataFrame:
@@ -75,7 +95,7 @@ def appended_cells(
     Raises
     ------
     DataError
-        The run's batch key is several columns, and the query lacks some of them.
+        The run's batch key is several columns, and the query lacks some of them, or its batches are not theirs.
     """
     n, m = len(table), store.n_cells
     obs = store.obs([name for name in store.obs_columns if name.replace("/", "_") in table.columns])
@@ -86,6 +106,8 @@ def appended_cells(
             f"the batches of the run are those of {batch_key!r}; {store.source} lacks some of these obs columns "
             f"({', '.join(parts)}). Add them, so that its batches have names as the run's have."
         )
+    if len(parts) > 1:
+        obs = _apart(table, obs, batches, parts, version)
     joined: dict[str, Any] = {
         ROW: np.arange(n + m),
         BATCH: np.r_[table[BATCH].to_numpy(np.int32), batches.codes + int(table[BATCH].max()) + 1].astype(np.int32),

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from schelix_scale import Reference, open_store
 from schelix_scale.errors import DataError
-from schelix_scale.extending.files import new_batch_names
+from schelix_scale.extending.files import _apart, new_batch_names
 from schelix_scale.extending.index import append_index
 from schelix_scale.features.correction import fit_correction
 from schelix_scale.features.projection import fit_projection
@@ -213,3 +213,16 @@ def test_new_batches_have_names_of_their_own() -> None:
     names = ["d1", "d1 (version 2)", "d2"]
     batches = Batches(np.arange(3, dtype=np.int32), names, np.ones(3, int))
     assert new_batch_names(batches, ["d1", "d3"], 2) == ["d1 (version 2, 2)", "d1 (version 2)", "d2"]
+
+
+def test_new_batches_of_several_columns_stay_apart_from_those_of_the_run() -> None:
+    run = pd.DataFrame({"donor": ["d1", "d1", "d2"], "assay": ["10x", "ss2", "10x"]})
+    new = pd.DataFrame({"donor": ["d1", "d1", "d3", "d3"], "assay": ["10x", "ss3", "10x", "10x"]})
+    batches = Batches(np.array([0, 1, 2, 2], np.int32), ["d1 | 10x", "d1 | ss3", "d3 | 10x"], np.array([1, 1, 2]))
+    named = _apart(run, new, batches, ["donor", "assay"], 3)
+    assert named["donor"].tolist() == ["d1 (version 3)", "d1", "d3", "d3"]
+    assert named["assay"].tolist() == new["assay"].tolist()
+    for codes in ([0, 1, 2, 3], [0, 0, 1, 1]):  # two batches of one name; a batch of two names
+        other = Batches(np.array(codes, np.int32), [str(code) for code in sorted(set(codes))], np.ones(4, int))
+        with pytest.raises(DataError, match="Use the batch key of the run"):
+            _apart(run, new, other, ["donor", "assay"], 3)

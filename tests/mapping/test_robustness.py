@@ -8,6 +8,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import sparse
 
 from schelix_scale import Reference, extend, open_store
 from schelix_scale.errors import DataError, RunError
@@ -105,6 +106,27 @@ def test_measurements_are_no_labels(reference: Reference, atlas: Atlas, tmp_path
         check_keys(["novelty"])
     with pytest.raises(DataError, match="would be written to schelix_a_set"):
         check_keys(["a", "a_set"])
+
+
+def test_cells_without_any_gene_of_the_reference_are_unknown_and_counted(reference: Reference, atlas: Atlas) -> None:
+    query = atlas.known[:60]
+    counts = sparse.csr_matrix(query.X, copy=True).tolil()
+    counts[[3, 17]] = 0
+    more = np.zeros((query.n_obs, 1), np.float32)
+    more[[3, 17]] = 9
+    names = [*query.var_names, "not in the reference"]
+    cells = anndata.AnnData(
+        sparse.hstack([counts, more], format="csr").astype(np.float32), query.obs, pd.DataFrame(index=names)
+    )
+    reporter = QuietReporter()
+    mapped = reference.map(cells, batch_key="batch", label_key="cell_type", reporter=reporter)
+    labels = mapped.obs["schelix_cell_type"].astype(str).to_numpy()
+    sets = mapped.obs["schelix_cell_type_set"].astype(str).to_numpy()
+    assert set(labels[[3, 17]]) == {"unknown"}
+    assert {len(text.split("; ")) for text in sets[[3, 17]]} == {atlas.reference.obs["cell_type"].nunique()}
+    others = np.delete(np.arange(60), [3, 17])
+    assert (labels[others] == query.obs["cell_type"].astype(str).to_numpy()[others]).mean() > 0.9
+    assert any("2 of 60 cells have no counts of any gene that the reference has" in said for said in reporter.messages)
 
 
 def test_few_labelled_neighbours_still_vote_and_none_is_unknown() -> None:
