@@ -77,11 +77,12 @@ def launch(nproc: int, arguments: Sequence[str], reporter: Reporter) -> None:
 
 
 def _heard() -> dict[str, Any]:
-    """Let torch leave alone what this process ignores, as hangups after nohup; older versions of it cannot."""
+    """Let torch leave hangups alone if this process ignores them, as after nohup; older versions of it cannot."""
     from torch.distributed.launcher.api import LaunchConfig
 
     known = {field.name for field in fields(LaunchConfig)}
-    heard = [number.name for number in HANDLED if signal.getsignal(number) != signal.SIG_IGN]
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    heard = [number.name for number in HANDLED if number not in ignored]
     return {"signals_to_handle": ",".join(heard)} if "signals_to_handle" in known else {}
 
 

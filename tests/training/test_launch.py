@@ -42,7 +42,7 @@ def test_other_signals_do_what_they_did_before() -> None:
     assert told == [signal.SIGTERM]
 
 
-def test_what_this_process_ignores_is_left_alone() -> None:
+def test_hangups_that_this_process_ignores_are_left_alone() -> None:
     """As hangups after nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may be run after nohup themselves
     try:
