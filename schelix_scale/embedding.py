@@ -129,10 +129,5 @@ def _create(
     obsm = zarr.open_group(path / "obsm", mode="r+")
     for key, part in keys.items():
         width = embedding_dims(features, part)
-        array = obsm.create_array(
-            key,
-            shape=(features.n_cells, width),
-            chunks=(ENCODE_CELLS, width),
-            dtype="float32",
-        )
+        array = obsm.create_array(key, shape=(features.n_cells, width), chunks=(ENCODE_CELLS, width), dtype="float32")
         array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from schelix_scale.errors import GraphError
+from schelix_scale.graph.audit import others_once, recall_interval
 from schelix_scale.graph.build import build_neighbors
 from schelix_scale.graph.nearest import nearest_in_blocks
 from schelix_scale.graph.vectors import row_blocks, unit_rows
@@ -132,18 +133,20 @@ def audit_rows(
     others[old] = frozen.anchor_na[columns[old]]
     others[~old] = anchor_md[columns[~old] - frozen.n_cells]
     cosine = np.einsum("md,mkd->mk", unit, unit_rows(others.reshape(-1, others.shape[2])).reshape(others.shape))
-    hits = (1 - cosine <= exact[:, -1:] + 1e-6).mean(axis=1)
-    recall, half = float(hits.mean()), float(1.96 * hits.std() / np.sqrt(len(hits)))
+    true = (1 - cosine <= exact[:, -1:] + 1e-6) & others_once(columns, frozen.n_cells + chosen)
+    found = true.sum(axis=1)
+    recall = float(found.mean() / k)
+    low, high = recall_interval(found, k)
     if last and recall < config.graph.min_recall:
         raise GraphError(
-            f"{recall:.3f} of the exact neighbours of {len(hits)} sampled new cells were found; graph.min_recall of "
+            f"{recall:.3f} of the exact neighbours of {len(found)} sampled new cells were found; graph.min_recall of "
             f"the run asks for {config.graph.min_recall}. Integrate all cells together instead."
         )
     return {
         "recall": recall,
-        "low": max(0.0, recall - half),
-        "high": min(1.0, recall + half),
-        "cells": len(hits),
+        "low": low,
+        "high": high,
+        "cells": len(found),
         "first_row": frozen.n_cells,
         "new_cells": m,
     }

@@ -76,7 +76,7 @@ def _true_neighbors(features_nd: np.ndarray, indices_nk: np.ndarray, rows: np.nd
     _, exact = nearest_in_blocks(queries, blocks, k, rows)
     found = unit_rows(features_nd[indices_nk[rows].ravel()]).reshape(len(rows), k, -1)
     true = 1 - np.einsum("md,mkd->mk", queries, found) <= exact[:, -1:] + 1e-6
-    return np.asarray((true & _others_once(indices_nk[rows], rows)).sum(axis=1))
+    return np.asarray((true & others_once(indices_nk[rows], rows)).sum(axis=1))
 
 
 def recall_interval(found_m: np.ndarray, k: int) -> tuple[float, float]:
@@ -101,7 +101,7 @@ def recall_interval(found_m: np.ndarray, k: int) -> tuple[float, float]:
     return float(max(0.0, min(low, recall))), float(min(1.0, max(high, recall)))
 
 
-def _others_once(indices_mk: np.ndarray, rows_m: np.ndarray) -> np.ndarray:
+def others_once(indices_mk: np.ndarray, rows_m: np.ndarray) -> np.ndarray:
     """Whether a neighbour is another cell than its row, and named for the first time in it, (m, k)."""
     order = np.argsort(indices_mk, axis=1, kind="stable")
     ordered = np.take_along_axis(indices_mk, order, axis=1)

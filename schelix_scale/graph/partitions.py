@@ -27,7 +27,7 @@ from schelix_scale.publish import sync
 from schelix_scale.scheduling import run_tasks
 
 OVERLAPS = (3, 9)  # lists whose partitions a cell is in, its own counted; of the first search and of a repeated one
-BASE_BYTES = 560_000_000  # of the process that searches and the one that waits, with their libraries
+BASE_BYTES = 400_000_000  # of the process that searches, with its libraries
 LEAST_CELLS = 10_000
 AXIS_CELLS = 10_000  # of a large list, whose longest axis they show
 

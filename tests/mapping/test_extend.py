@@ -58,6 +58,8 @@ def test_the_new_version_is_a_run(extended: Run, atlas: Atlas) -> None:
     assert adata.obs["cell_type"].astype(str).tolist()[n:] == atlas.query.obs["cell_type"].tolist()
     summary, source = extended.manifest["summary"], extended.manifest["source"]
     assert (summary["version"], summary["cells"], summary["batches"]) == (2, n + m, 4)
+    audit = extended.manifest["stages"]["graph"]["details"]["extensions"][-1]
+    assert audit["low"] < audit["recall"] <= audit["high"]  # also where all were found
     assert [link["path"] for link in source["extends"]] == [str(atlas.run.resolve())]
     assert [part["cells"] for part in source["parts"]] == [n, m]
 
