@@ -52,7 +52,27 @@ def write_rows(path: Path, new: Sequence[Row]) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Return means over folds as Markdown: a line for each data set and method, and one for each method's mean."""
+    """Return means over folds as Markdown: a line for each data set and method, and one for each method's mean.
+
+    A method that was run on some folds alone is compared once more on these, in a table of their own.
+    """
+    tables = [_table(rows)]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    every = {_fold(row) for row in rows}
+    for method in methods:
+        own = {_fold(row) for row in rows if row["method"] == method}
+        if own < every:
+            same = [row for row in rows if _fold(row) in own]
+            tables.append(f"On the {len(own)} folds of {method}:\n\n{_table(same)}")
+    notes = [*_bounded(rows), *sorted({_measured(row) for row in rows if "machine" in row})]
+    return "\n\n".join([*tables, *(["\n".join(notes)] if notes else [])])
+
+
+def _fold(row: Row) -> tuple[Any, ...]:
+    return row["data"], row["by"], row["fold"]
+
+
+def _table(rows: Sequence[Row]) -> str:
     header = ["data, left out", "method", "folds", *COLUMNS.values()]
     lines = [_line(header), "|---|---|" + "--:|" * (len(header) - 2)]
     sets = list(dict.fromkeys((row["data"], row["by"]) for row in rows))
@@ -64,8 +84,7 @@ def table(rows: Sequence[Row]) -> str:
         if len(means) == len(sets) > 1:  # a method that was not run on all has no mean to compare
             cells = [_text(column, _mean([mean[column] for mean in means])) for column in COLUMNS]
             lines.append(_line(["**mean of the data sets**", method, "", *cells]))
-    notes = [*_bounded(rows), *sorted({_measured(row) for row in rows if "machine" in row})]
-    return "\n".join([*(line for line in lines if line), *([""] if notes else []), *notes])
+    return "\n".join(line for line in lines if line)
 
 
 def speed_table(rows: Sequence[Row]) -> str:

@@ -118,7 +118,9 @@ class Ranks:
         """Return a module with the same weights on all ranks, whose gradients are averaged over them."""
         with self.together(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # its heir is newer
-            return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            return DistributedDataParallel(
+                module, broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=True
+            )
 
     def wait(self) -> None:
         """Wait until all ranks are here."""

@@ -84,7 +84,9 @@ class StepLoss(nn.Module):
         The Anchor latents of the positives of all ranks are gathered: all are negatives of each other's cells.
         """
         ranks, first = self.ranks, self.ranks.share(total).start
-        target_nd, target_batch_n = ranks.gather(anchor_md, total), ranks.gather(other_batch_m, total)
+        packed = torch.cat([anchor_md, other_batch_m[:, None].to(anchor_md.dtype)], dim=1)  # exact to 2^24 batches
+        packed = ranks.gather(packed, total)  # in one message: each costs as much as the model's layers
+        target_nd, target_batch_n = packed[:, :-1], packed[:, -1].to(other_batch_m.dtype)
         temperature = self.config.temperature
         return ranks.world * contrast(variant_md, target_nd, batch_m, target_batch_n, temperature, first)
 
