@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from schelix_scale.compute import keep_memory_low, limited_threads, share_cores
+from schelix_scale.compute import keep_memory_low, limited_threads, reused_memory, share_cores
 from schelix_scale.errors import DataError, RunError
 from schelix_scale.extending.stages import EXTENSION, Extension
 from schelix_scale.mapping.api import NEEDED, Reference
@@ -95,6 +95,7 @@ def extend(
     source = _description(reference, store, batches, chosen)
     with (
         RunDirectory.claim(out, reference.frozen.config, source, overwrite) as directory,
+        reused_memory(),
         limited_threads(1),  # blocks are shared out to threads, each of which does the work of one
     ):
         if not (directory.path / "manifest.json").exists() or directory.verify():

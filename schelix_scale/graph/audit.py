@@ -9,9 +9,11 @@ import numpy as np
 from schelix_scale.errors import GraphError
 from schelix_scale.graph.knn import Neighbors
 from schelix_scale.graph.nearest import nearest_in_blocks
+from schelix_scale.graph.threads import one_thread_each
 from schelix_scale.graph.vectors import row_blocks, unit_rows
+from schelix_scale.scheduling import run_tasks
 
-AUDIT_BLOCK = 500  # cells that are searched exactly at once
+AUDIT_BLOCK = 250  # cells that are searched exactly at once
 Z = 1.959964  # of 95 %
 
 
@@ -49,7 +51,7 @@ class Audit:
         return asdict(self)
 
 
-def audit_recall(features_nd: np.ndarray, neighbors: Neighbors, n_cells: int, seed: int) -> Audit:
+def audit_recall(features_nd: np.ndarray, neighbors: Neighbors, n_cells: int, seed: int, threads: int = 1) -> Audit:
     """Compare the graph with exact neighbours of ``n_cells`` random cells.
 
     A found neighbour counts as true if it is no farther than the k-th exact one, so that ties (duplicated
@@ -60,10 +62,14 @@ def audit_recall(features_nd: np.ndarray, neighbors: Neighbors, n_cells: int, se
     if not k:
         return Audit(1.0, 1.0, 1.0, n, k, neighbors.method)  # a cell without others lacks none
     rows = np.sort(np.random.default_rng([seed, 0xA0D17]).choice(n, min(n_cells, n), replace=False))
-    counts = [
-        _true_neighbors(features_nd, neighbors.indices_nk, rows[a:b]) for a, b in row_blocks(len(rows), AUDIT_BLOCK)
-    ]
-    found_m = np.concatenate(counts)
+    found_m = np.empty(len(rows), np.int64)
+
+    def compare(span: tuple[int, int]) -> int:
+        found_m[slice(*span)] = _true_neighbors(features_nd, neighbors.indices_nk, rows[slice(*span)])
+        return span[1] - span[0]
+
+    with one_thread_each():
+        run_tasks(compare, list(row_blocks(len(rows), AUDIT_BLOCK)), threads)
     low, high = recall_interval(found_m, k)
     return Audit(float(found_m.mean() / k), low, high, len(rows), k, neighbors.method)
 

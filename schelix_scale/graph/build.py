@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from schelix_scale.compute import reused_memory
 from schelix_scale.config import GraphConfig
 from schelix_scale.graph.audit import Audit, audit_recall, require_recall
 from schelix_scale.graph.descent import PROBES, descend, in_cell_order
@@ -87,7 +88,7 @@ def build_neighbors(
     if method == "exact":
         with reporter.stage("neighbours (exact)", n) as progress:
             exact = find_neighbors(features_nd, k, method, seed, threads, progress.advance)
-        return exact, _required(audit_recall(features_nd, exact, config.audit_cells, seed), config)
+        return exact, _required(audit_recall(features_nd, exact, config.audit_cells, seed, threads), config)
     made_from = {
         "features": content,
         "settings": [n, k, method, seed, config.min_recall, config.audit_cells, start is not None],
@@ -99,7 +100,7 @@ def build_neighbors(
     claim(folder, made_from)
     audit = None
     if not (folder / DONE).exists():
-        with one_thread_each(), ExitStack() as processes:
+        with reused_memory(), one_thread_each(), ExitStack() as processes:
             if search is not None:
                 processes.enter_context(search)
             builder = _Builder(
@@ -108,7 +109,8 @@ def build_neighbors(
             audit = builder.build(method, start)
     indices, distances = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("indices", "distances"))
     neighbors = Neighbors(indices, distances, method)
-    return neighbors, _required(audit or audit_recall(features_nd, neighbors, config.audit_cells, seed), config)
+    audit = audit or audit_recall(features_nd, neighbors, config.audit_cells, seed, threads)
+    return neighbors, _required(audit, config)
 
 
 def circumstances(shape: tuple[int, ...], config: GraphConfig, threads: int, budget: int) -> dict[str, object]:
@@ -179,10 +181,11 @@ class _Builder:
                 self._by_pynndescent(attempt) if method == "pynndescent" else start,
                 PROBES * MORE_PROBES**attempt,
             )
-            in_cell_order(index, files, number, out)
+            in_cell_order(index, files, number, out, self.threads)
             for array in out:
                 array.flush()
-            audit = audit_recall(self.features, Neighbors(out[0], out[1], method), self.config.audit_cells, self.seed)
+            found = Neighbors(out[0], out[1], method)
+            audit = audit_recall(self.features, found, self.config.audit_cells, self.seed, self.threads)
             if audit.recall >= self.config.min_recall or attempt + 1 == ATTEMPTS:
                 break
             self.reporter.warn(

@@ -17,7 +17,7 @@ import numpy as np
 
 from schelix_scale.graph.found import SPAN, FoundFiles
 from schelix_scale.graph.lists import CellIndex
-from schelix_scale.graph.nearest import distinct, nearest_among, nearest_in_blocks
+from schelix_scale.graph.nearest import BLOCK_CANDIDATES, distinct, nearest_among, nearest_in_blocks
 from schelix_scale.graph.vectors import forget, row_blocks
 from schelix_scale.progress import Reporter
 from schelix_scale.publish import write_json
@@ -27,8 +27,9 @@ PROBES = 128  # lists that are searched for each list
 EXPAND = 20  # neighbours of a cell whose neighbours are looked at
 GROUP_CELLS = 256  # cells of a list that are searched for at once
 MAX_ROUNDS, SLOW_GAIN, LEAST_GAIN = 12, 0.01, 0.002
-PILOT_CELLS = 300
+PILOT_CELLS, PILOT_BLOCK = 600, 300  # and how many are searched in a task
 ROUNDING = 2e-6  # of a product of two rows, computed among others
+ORDERED = 100_000  # cells a task: their neighbours lie all over the files, which each task maps anew
 STATE = "state.json"
 
 
@@ -46,7 +47,7 @@ class Probe:
         neighbours, scores, fresh = files.neighbours(0, "r+"), files.scores(0, "r+"), files.fresh(0, "r+")
         for chosen, start, stop in groups(index, span):
             candidates = index.around(chosen, self.probes, files.k)
-            columns, values = _search(index, start, stop, candidates, files.k)
+            columns, values = nearest_among(index.vectors_nd[start:stop], index.vectors_nd, candidates, files.k, start)
             neighbours[start:stop], scores[start:stop] = candidates[columns], values
         fresh[slice(*span)] = True
         files.written(neighbours, scores, fresh)
@@ -65,6 +66,8 @@ class Expand:
         Neighbours of a cell whose neighbours are looked at.
     everything
         Look at those too that were looked at before.
+    probes
+        Lists that were searched for each list at the start, if any: all their cells have been compared.
     """
 
     index: Path
@@ -72,6 +75,7 @@ class Expand:
     number: int
     expand: int
     everything: bool = False
+    probes: int = 0
 
     def __call__(self, span: tuple[int, int]) -> int:
         """Write the neighbours of the cells at ``span``; return how many cells those are."""
@@ -79,27 +83,77 @@ class Expand:
         before, fresh = files.neighbours(last), files.fresh(last)
         after, now_fresh = files.neighbours(self.number, "r+"), files.fresh(self.number, "r+")
         scores, now_scores = files.scores(last), files.scores(self.number, "r+")
-        for _, start, stop in groups(index, span):
+        for chosen, start, stop in groups(index, span):
             mine = np.asarray(before[start:stop])
-            candidates = self._candidates(before, fresh, mine, fresh[start:stop])
-            floor = scores[start:stop, -1] - np.float32(ROUNDING)
-            columns, values = _search(index, start, stop, candidates, files.k, floor)
-            found = candidates[columns]
-            after[start:stop], now_scores[start:stop] = found, values
-            now_fresh[start:stop] = ~_among(found, mine, index.n_cells)
+            around = self._around(before, fresh, mine, fresh[start:stop])
+            candidates = self._not_searched(index, chosen, around)
+            known = np.asarray(scores[start:stop])
+            rows, found, values = better(index, start, candidates, mine, known[:, -1])
+            after[start:stop], now_scores[start:stop], now_fresh[start:stop] = merged(mine, known, rows, found, values)
         files.written(after, now_scores, now_fresh)
         return span[1] - span[0]
 
-    def _candidates(
-        self, before: np.ndarray, fresh: np.ndarray, mine: np.ndarray, mine_fresh: np.ndarray
-    ) -> np.ndarray:
+    def _around(self, before: np.ndarray, fresh: np.ndarray, mine: np.ndarray, mine_fresh: np.ndarray) -> np.ndarray:
         """All neighbours of fresh neighbours, and the fresh ones of the others; sorted positions."""
         first, new = mine[:, : self.expand], np.asarray(mine_fresh[:, : self.expand])
         if self.everything:
             new = np.ones_like(new)
         old = distinct(first[~new])
         theirs = before[old][fresh[old]]
-        return distinct(np.concatenate([mine.ravel(), before[distinct(first[new])].ravel(), theirs]))
+        return distinct(np.concatenate([before[distinct(first[new])].ravel(), theirs]))
+
+    def _not_searched(self, index: CellIndex, chosen: int, positions: np.ndarray) -> np.ndarray:
+        """Leave out of sorted positions those in lists that were searched for a list: most are."""
+        if not self.probes:
+            return positions
+        near = index.lists.near(chosen, self.probes)
+        change = np.zeros(len(positions) + 1, np.int64)
+        np.add.at(change, np.searchsorted(positions, index.starts[near]), 1)
+        np.add.at(change, np.searchsorted(positions, index.starts[near + 1]), -1)
+        return np.asarray(positions[np.cumsum(change[:-1]) == 0])
+
+
+def better(
+    index: CellIndex, start: int, candidates: np.ndarray, mine_qk: np.ndarray, floor_q: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the candidates (c,) that are nearer to cells than the k-th of their neighbours, and not among them.
+
+    The cells are those at ``start`` and following. Returns hits by cell: number of the cell, position, score.
+    """
+    unit_qd, parts = np.asarray(index.vectors_nd[start : start + len(mine_qk)]), []
+    for a, b in row_blocks(len(candidates), BLOCK_CANDIDATES):
+        block = candidates[a:b]
+        scores = unit_qd @ index.vectors_nd[block].T
+        places = np.flatnonzero(scores > floor_q[:, None])
+        row_h, column_h = np.divmod(places, len(block))
+        parts.append((row_h, block[column_h], scores.ravel()[places]))
+    if not parts:
+        return np.empty(0, np.int64), np.empty(0, mine_qk.dtype), np.empty(0, np.float32)
+    rows, found, values = (np.concatenate(part) for part in zip(*parts, strict=True))
+    new = (found != start + rows) & ~_among(rows, found, mine_qk, index.n_cells)
+    order = np.argsort(rows[new], kind="stable")
+    return rows[new][order], found[new][order], values[new][order]
+
+
+def merged(
+    mine_qk: np.ndarray, known_qk: np.ndarray, rows: np.ndarray, found: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Put hits, by row, among neighbours (q, k) and their scores, highest first; also return which are new."""
+    k = mine_qk.shape[1]
+    places, scores, fresh = np.array(mine_qk), np.array(known_qk), np.zeros(mine_qk.shape, bool)
+    changed, first, count = np.unique(rows, return_index=True, return_counts=True)
+    if len(changed):
+        of_row = np.repeat(np.arange(len(changed)), count)
+        column = k + np.arange(len(rows)) - first[of_row]
+        wide = np.full((len(changed), k + count.max()), -np.inf, np.float32)
+        which = np.zeros(wide.shape, mine_qk.dtype)
+        wide[:, :k], which[:, :k] = known_qk[changed], mine_qk[changed]
+        wide[of_row, column], which[of_row, column] = values, found
+        order = np.argsort(-wide, axis=1, kind="stable")[:, :k]
+        scores[changed] = np.take_along_axis(wide, order, axis=1)
+        places[changed] = np.take_along_axis(which, order, axis=1)
+        fresh[changed] = order >= k
+    return places, scores, fresh
 
 
 def groups(index: CellIndex, span: tuple[int, int]) -> Iterator[tuple[int, int, int]]:
@@ -113,17 +167,10 @@ def groups(index: CellIndex, span: tuple[int, int]) -> Iterator[tuple[int, int, 
         start, chosen = max(start, end), chosen + 1
 
 
-def _search(
-    index: CellIndex, start: int, stop: int, candidates: np.ndarray, k: int, floor: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    return nearest_among(index.vectors_nd[start:stop], index.vectors_nd, candidates, k, start, floor)
-
-
-def _among(found: np.ndarray, mine: np.ndarray, n_cells: int) -> np.ndarray:
-    """Whether each number in a row of ``found`` is in the same row of ``mine``."""
-    shift = np.arange(len(mine), dtype=np.int64)[:, None] * n_cells
-    known = np.sort(mine + shift, axis=None)
-    keys = found + shift
+def _among(rows: np.ndarray, found: np.ndarray, mine_qk: np.ndarray, n_cells: int) -> np.ndarray:
+    """Whether each hit, ``found`` for a row, is in that row of ``mine``."""
+    known = np.sort(mine_qk + np.arange(len(mine_qk), dtype=np.int64)[:, None] * n_cells, axis=None)
+    keys = found + rows * n_cells
     place = np.minimum(np.searchsorted(known, keys), known.size - 1)
     return np.asarray(known[place] == keys)
 
@@ -144,13 +191,20 @@ class Pilot:
     limit: np.ndarray
 
     @classmethod
-    def search(cls, index: CellIndex, k: int, seed: int) -> Pilot:
+    def search(cls, index: CellIndex, k: int, seed: int, workers: int) -> Pilot:
         """Draw cells and search their neighbours exactly."""
         n = index.n_cells
         positions = np.sort(np.random.default_rng([seed, 0x9170]).choice(n, min(PILOT_CELLS, n), replace=False))
-        blocks = ((start, np.asarray(index.vectors_nd[start:stop])) for start, stop in row_blocks(n))
-        _, distances = nearest_in_blocks(index.vectors_nd[positions], blocks, k, positions)
-        return cls(positions, 1 - distances[:, -1])
+        limit = np.empty(len(positions), np.float32)
+
+        def search(span: tuple[int, int]) -> int:
+            mine = positions[slice(*span)]
+            blocks = ((start, np.asarray(index.vectors_nd[start:stop])) for start, stop in row_blocks(n))
+            limit[slice(*span)] = 1 - nearest_in_blocks(index.vectors_nd[mine], blocks, k, mine)[1][:, -1]
+            return len(mine)
+
+        run_tasks(search, list(row_blocks(len(positions), PILOT_BLOCK)), workers)
+        return cls(positions, limit)
 
     def recall(self, scores: np.ndarray) -> float:
         """Return how many of the neighbours that were found, with these (n, k) scores, are exact ones."""
@@ -177,7 +231,7 @@ def descend(
     aim
         Recall of the pilot cells at which the search ends.
     enough
-        Recall of the pilot cells at which it ends when a round brings little more.
+        Recall of the pilot cells at which it ends when another round will bring little more.
     workers
         Threads, without a cluster.
     scheduler
@@ -191,18 +245,18 @@ def descend(
     -------
     The files of the search, and the number of its last round.
     """
-    files, pilot = FoundFiles(folder, index.n_cells, k, scheduler is not None), Pilot.search(index, k, seed)
+    files, pilot = FoundFiles(folder, index.n_cells, k, scheduler is not None), Pilot.search(index, k, seed, workers)
     path = folder / STATE
 
     def go(name: str, task: Probe | Expand) -> None:
         with reporter.stage(name, index.n_cells) as progress:
             run_tasks(task, files.spans(), workers, scheduler, progress.advance)
 
-    def keep(number: int, recall: float, expand: int, everything: bool, done: bool) -> None:
+    def keep(number: int, recall: float, gain: float, expand: int, everything: bool, done: bool) -> None:
         files.sync(number)
         done = done or recall >= aim or number >= MAX_ROUNDS
-        state = {"round": number, "recall": recall, "expand": expand, "everything": everything, "done": done}
-        write_json(path, state)
+        told = {"round": number, "recall": recall, "gain": gain}
+        write_json(path, {**told, "expand": expand, "everything": everything, "done": done})
 
     if path.exists():
         state = json.loads(path.read_text())
@@ -214,16 +268,18 @@ def descend(
             go("neighbours: nearby lists", Probe(index.folder, files, probes))
         else:
             start(index, files)
-        keep(0, pilot.recall(files.scores(0)), EXPAND, False, False)
+        keep(0, pilot.recall(files.scores(0)), 0.0, EXPAND, False, False)
     while not (state := json.loads(path.read_text()))["done"]:
         number, recall, expand = state["round"] + 1, state["recall"], state["expand"]
-        task = Expand(index.folder, files, number, min(expand, k), state["everything"])
+        searched = 0 if start is not None else probes
+        task = Expand(index.folder, files, number, min(expand, k), state["everything"], searched)
         go(f"neighbours: round {number} (recall {recall:.3f})", task)
-        better = pilot.recall(files.scores(number))
-        gain = better - recall
+        now = pilot.recall(files.scores(number))
+        gain, before = now - recall, state["gain"]
+        expected = gain * min(1.0, max(gain, 0.0) / before) if before else gain  # each brings a like share of the last
         everything = gain < LEAST_GAIN
-        done = (better >= enough and gain < SLOW_GAIN) or (everything and expand >= k)
-        keep(number, better, expand * 2 if everything else expand, everything, done)
+        done = (now >= enough and expected < SLOW_GAIN) or (everything and expand >= k)
+        keep(number, now, gain, expand * 2 if everything else expand, everything, done)
     return files, int(state["round"])
 
 
@@ -245,12 +301,16 @@ def start_from(indices_nk: np.ndarray) -> Callable[[CellIndex, FoundFiles], None
     return begin
 
 
-def in_cell_order(index: CellIndex, files: FoundFiles, number: int, out: Sequence[np.ndarray]) -> None:
+def in_cell_order(index: CellIndex, files: FoundFiles, number: int, out: Sequence[np.ndarray], workers: int) -> None:
     """Write the neighbours of a round by row number into two (n, k) arrays: row numbers and cosine distances."""
     indices, distances = out
     positions, neighbours, scores = index.positions(), files.neighbours(number), files.scores(number)
-    for start, stop in row_blocks(index.n_cells):
-        here = positions[start:stop]
-        indices[start:stop] = index.cells[neighbours[here]]
-        distances[start:stop] = np.maximum(1 - scores[here], 0)
+
+    def write(span: tuple[int, int]) -> int:
+        here = positions[slice(*span)]
+        indices[slice(*span)] = index.cells[neighbours[here]]
+        distances[slice(*span)] = np.maximum(1 - scores[here], 0)
         forget(indices, distances, neighbours, scores)
+        return len(here)
+
+    run_tasks(write, list(row_blocks(index.n_cells, ORDERED)), workers)

@@ -22,7 +22,7 @@ from schelix_scale.scheduling import run_tasks
 
 LIST_CELLS, MAX_LISTS = 64, 65_536
 SAMPLE_A_LIST, ROUNDS = 20, 8
-NEAR_GROUPS = 12  # groups that are looked through for the lists near a list or a cell
+NEAR_GROUPS, ASSIGN_GROUPS = 12, 8  # groups that are looked through for the lists near a list, and for that of a cell
 MIN_CANDIDATES = 256
 ASSIGN_CELLS, WRITE_CELLS = 50_000, 100_000
 ARRAYS = ("centroids", "groups", "starts", "cells", "vectors")
@@ -56,8 +56,8 @@ class Lists:
         np.fill_diagonal(scores, np.inf)
         return means, np.argsort(-scores, axis=1, kind="stable")[:, :NEAR_GROUPS]
 
-    def _lists_near(self, group: int) -> np.ndarray:
-        spans = [np.arange(self.groups[g], self.groups[g + 1]) for g in self._coarse[1][group]]
+    def _lists_near(self, group: int, groups: int = NEAR_GROUPS) -> np.ndarray:
+        spans = [np.arange(self.groups[g], self.groups[g + 1]) for g in self._coarse[1][group, :groups]]
         return np.concatenate(spans)
 
     def near(self, chosen: int, most: int | None = None) -> np.ndarray:
@@ -80,7 +80,7 @@ class Lists:
         group_m = (unit_md @ means.T - 0.5 * np.square(means).sum(axis=1)).argmax(axis=1)
         chosen = np.empty(len(unit_md), np.int32)
         for group in np.unique(group_m):
-            rows, lists = np.flatnonzero(group_m == group), self._lists_near(int(group))
+            rows, lists = np.flatnonzero(group_m == group), self._lists_near(int(group), ASSIGN_GROUPS)
             scores = unit_md[rows] @ self.centroids_md[lists].T - self._halves[lists]
             chosen[rows] = lists[scores.argmax(axis=1)]
         return chosen
@@ -201,7 +201,7 @@ class CellIndex:
             forget(vectors, features_nd)
             return stop - start
 
-        run_tasks(write, list(row_blocks(n, WRITE_CELLS)), 1, advance=advance)
+        run_tasks(write, list(row_blocks(n, WRITE_CELLS)), workers, advance=advance)
         vectors.flush()
         small = {"centroids": lists.centroids_md, "groups": lists.groups, "starts": starts, "cells": cells}
         for name, values in small.items():

@@ -60,7 +60,6 @@ def nearest_among(
     candidates: np.ndarray,
     k: int,
     start: int | None = None,
-    floor_q: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the k candidates of highest score of each query, highest first, and the scores, both (q, k).
 
@@ -76,8 +75,6 @@ def nearest_among(
         (c,) different rows, more than k of them.
     start
         The queries are rows ``start`` and following, and are not their own candidates.
-    floor_q
-        As in `nearest`.
 
     Returns
     -------
@@ -85,7 +82,7 @@ def nearest_among(
     """
     unit_qd = np.asarray(unit_qd)
     rows, width = len(unit_qd), max(BLOCK_CANDIDATES, 2 * k)
-    hits, limit_q = Hits.none(rows, k), floor_q
+    hits, limit_q = Hits.none(rows, k), None
     for first in range(0, len(candidates), width):
         part = candidates[first : first + width]
         scores = unit_qd @ vectors_nd[part].T
@@ -104,10 +101,8 @@ def nearest_among(
             hits = hits.best()
             limit_q = hits.limit(limit_q)
     hits = hits.best()
-    if len(hits.value_h) < k * rows and floor_q is None:
+    if len(hits.value_h) < k * rows:
         raise GraphError("features that are not finite have no neighbours: check their source.")
-    if len(hits.value_h) < k * rows:  # a floor that not k scores reach after all
-        return nearest_among(unit_qd, vectors_nd, candidates, k, start)
     return hits.column_h.reshape(rows, k), hits.value_h.reshape(rows, k)
 
 

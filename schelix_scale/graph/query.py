@@ -24,6 +24,7 @@ from schelix_scale.scheduling import run_tasks
 EXACT_QUERIES, CHECKED_CELLS = 1_000, 64
 PROBES = 32  # lists that are searched for a cell
 TASK_GROUPS = 64  # groups of queries a task: each is too little work for one
+RANKED = 8_192  # cells whose neighbours are ordered in a task
 EXPAND = 10  # neighbours whose neighbours in the graph are looked at
 
 
@@ -122,14 +123,20 @@ class QueryIndex:
             if self.index is None:
                 run_tasks(exactly, list(row_blocks(len(unit), EXACT_QUERIES)), threads)
             elif len(unit):
-                groups = self._groups(unit)
+                groups = self._groups(unit, threads)
                 run_tasks(in_lists, [groups[a:b] for a, b in row_blocks(len(groups), TASK_GROUPS)], threads)
-        return self._ranked(unit, rows)
+            return self._ranked(unit, rows, threads)
 
-    def _groups(self, unit_md: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    def _groups(self, unit_md: np.ndarray, threads: int) -> list[tuple[int, np.ndarray]]:
         """Return the queries by the list that they are nearest to."""
         assert self.index is not None
-        list_m = np.concatenate([self.index.lists.assign(unit_md[a:b]) for a, b in row_blocks(len(unit_md))])
+        lists, list_m = self.index.lists, np.empty(len(unit_md), np.int32)
+
+        def assign(span: tuple[int, int]) -> int:
+            list_m[slice(*span)] = lists.assign(unit_md[slice(*span)])
+            return span[1] - span[0]
+
+        run_tasks(assign, list(row_blocks(len(unit_md))), threads)
         order = np.argsort(list_m, kind="stable")
         groups = np.split(order, np.flatnonzero(np.diff(list_m[order])) + 1)
         return [
@@ -152,14 +159,19 @@ class QueryIndex:
         columns, _ = nearest(scores, k)
         return np.asarray(index.cells[np.take_along_axis(wider, columns, axis=1)])
 
-    def _ranked(self, unit_md: np.ndarray, rows_mk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _ranked(self, unit_md: np.ndarray, rows_mk: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
         """Order neighbours by their distances, computed one by one: so they are the same in any company."""
         distances = np.empty(rows_mk.shape, np.float32)
-        for start, stop in row_blocks(len(rows_mk)):
-            found = rows_mk[start:stop]
+
+        def rank(span: tuple[int, int]) -> int:
+            part = slice(*span)
+            found = rows_mk[part]
             near = unit_rows(self.features_nd[found.ravel()]).reshape(*found.shape, -1)
-            away = np.maximum(1 - np.einsum("md,mkd->mk", unit_md[start:stop], near), 0)
+            away = np.maximum(1 - np.einsum("md,mkd->mk", unit_md[part], near), 0)
             order = np.lexsort((found, away), axis=1)
-            rows_mk[start:stop] = np.take_along_axis(found, order, axis=1)
-            distances[start:stop] = np.take_along_axis(away, order, axis=1)
+            rows_mk[part] = np.take_along_axis(found, order, axis=1)
+            distances[part] = np.take_along_axis(away, order, axis=1)
+            return len(found)
+
+        run_tasks(rank, list(row_blocks(len(rows_mk), RANKED)), threads)
         return rows_mk, distances

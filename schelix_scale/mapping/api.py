@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self, final
 
-from schelix_scale.compute import keep_memory_low, limited_threads, share_cores, thread_count
+from schelix_scale.compute import keep_memory_low, limited_threads, reused_memory, share_cores, thread_count
 from schelix_scale.config import memory_budget
 from schelix_scale.mapping.calibration import Calibration
 from schelix_scale.mapping.columns import check_keys
@@ -246,7 +246,7 @@ def map_cells(
     share_cores()
     keep_memory_low()
     reference = Reference.open(run, threads)
-    with limited_threads(1):  # blocks are shared out to threads, each of which does the work of one
+    with reused_memory(), limited_threads(1):  # blocks are shared out to threads, each of which does the work of one
         return reference.map(
             query,
             batch_key=batch_key,

@@ -110,10 +110,17 @@ def correct(query: Query) -> StageRecord:
         with ExitStack() as published, query.reporter.stage("correct", n) as progress:
             paths = [published.enter_context(query.directory.publish(file)) for file in files]
             out = [create_array(path, part.shape, "float32") for path, part in zip(paths, raw, strict=True)]
+            of_batch = [np.flatnonzero(batches.codes == code) for code in range(len(batches.names))]
+            fitted: dict[int, BatchShift] = {}
+
+            def fit(code: int) -> int:
+                drawn = of_batch[code][np.argsort(order[of_batch[code]], kind="stable")[:FIT_CELLS]]
+                fitted[code] = _shift(frozen, raw[0][drawn], raw[1][drawn])
+                return 0
+
+            run_tasks(fit, range(len(of_batch)), query.threads)
             for code, name in enumerate(batches.names):
-                rows = np.flatnonzero(batches.codes == code)
-                fit = rows[np.argsort(order[rows], kind="stable")[:FIT_CELLS]]
-                shift = _shift(frozen, raw[0][fit], raw[1][fit])
+                rows, shift = of_batch[code], fitted[code]
                 shifts.append(shift)
                 facts.append({"batch": name, "cells": len(rows), "like": shift.like, "held_back": shift.held_back})
                 spans = row_blocks(len(rows), BLOCK)

@@ -70,8 +70,7 @@ def test_row_numbers_of_any_size(offset: int) -> None:
 
 
 @pytest.mark.parametrize("block", [20, 37, 1_000])
-@pytest.mark.parametrize("floor", [True, False])
-def test_nearest_candidates(block: int, floor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_candidates(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In blocks, among candidates in any order, some of which are the queries themselves."""
     monkeypatch.setattr(module, "BLOCK_CANDIDATES", block)
     unit = unit_rows(gaussian_cells(n=400)[0])
@@ -79,8 +78,7 @@ def test_nearest_candidates(block: int, floor: bool, monkeypatch: pytest.MonkeyP
     scores = unit[50:90].astype(np.float64) @ unit[candidates].astype(np.float64).T
     scores[candidates[None, :] == np.arange(50, 90)[:, None]] = -np.inf
     expected = np.argsort(-scores, axis=1)[:, :6]
-    least = np.take_along_axis(scores, expected, axis=1)[:, -1].astype(np.float32) - 1e-6 if floor else None
-    columns, values = nearest_among(unit[50:90], unit, candidates, 6, 50, least)
+    columns, values = nearest_among(unit[50:90], unit, candidates, 6, 50)
     assert all(len(set(row)) == 6 for row in columns.tolist())
     for found in (values, np.take_along_axis(scores, columns, axis=1)):
         np.testing.assert_allclose(found, np.take_along_axis(scores, expected, axis=1), atol=1e-6)

@@ -1,0 +1,67 @@
+"""Tests of the rounds of the neighbour search, against sorted dense products."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from schelix_scale.graph.descent import Expand, Probe, better, merged
+from schelix_scale.graph.found import FoundFiles
+from schelix_scale.graph.lists import CellIndex
+from tests.synthetic import gaussian_cells
+
+N, K, PROBES = 3_000, 8, 3
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> CellIndex:
+    features_nd = np.asarray(gaussian_cells(n=N, d=10, n_types=5)[0], np.float32)
+    return CellIndex.build(features_nd, tmp_path_factory.mktemp("index"), 0, 2, list_cells=20)
+
+
+def test_hits_are_put_among_the_neighbours(index: CellIndex) -> None:
+    """Neighbours among some cells, and then among others too, are those among all."""
+    start, rows = 700, 40
+    unit_nd = np.asarray(index.vectors_nd, np.float64)
+    scores = unit_nd[start : start + rows] @ unit_nd.T
+    scores[np.arange(rows), start + np.arange(rows)] = -np.inf
+    some, others = np.arange(0, N, 3), np.arange(N)
+    first = some[np.argsort(-scores[:, some], axis=1)[:, :K]]
+    known = np.take_along_axis(scores, first, axis=1).astype(np.float32)
+    hits = better(index, start, others, first, known[:, -1])
+    found, values, fresh = merged(first, known, *hits)
+    exact = np.argsort(-scores, axis=1)[:, :K]
+    np.testing.assert_array_equal(found, exact)
+    np.testing.assert_allclose(values, np.take_along_axis(scores, exact, axis=1), atol=2e-6)
+    new = [np.isin(row, before, invert=True) for row, before in zip(exact, first, strict=True)]
+    np.testing.assert_array_equal(fresh, new)
+    assert fresh.any()
+    assert not fresh.all()
+
+
+def test_no_hits_change_nothing(index: CellIndex) -> None:
+    mine, known = np.arange(K)[None] + 10, np.full((1, K), 2, np.float32)
+    hits = better(index, 0, np.arange(N), mine, known[:, -1])
+    found, values, fresh = merged(mine, known, *hits)
+    assert (found == mine).all()
+    assert (values == known).all()
+    assert not fresh.any()
+    assert len(better(index, 0, np.arange(0), mine, known[:, -1])[0]) == 0
+
+
+def test_lists_that_were_searched_are_left_out_without_loss(index: CellIndex, tmp_path: Path) -> None:
+    found = []
+    for probes in (0, PROBES):
+        files = FoundFiles(tmp_path / str(probes), N, K)
+        files.create()
+        Probe(index.folder, files, PROBES)((0, N))
+        task = Expand(index.folder, files, 1, K, probes=probes)
+        task((0, N))
+        found.append(np.sort(files.neighbours(1), axis=1))
+        looked = task._not_searched(index, 5, np.arange(N))
+        near = index.lists.near(5, PROBES)
+        assert len(looked) == N - (np.diff(index.starts)[near].sum() if probes else 0)
+    assert (found[0] != np.sort(FoundFiles(tmp_path / "0", N, K).neighbours(0), axis=1)).any()
+    np.testing.assert_array_equal(*found)
