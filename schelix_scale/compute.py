@@ -113,10 +113,12 @@ def reused_memory() -> Iterator[None]:
     finally:
         with _reuse.lock:
             _reuse.depth -= 1
-            if not _reuse.depth:
+            last = not _reuse.depth
+            if last:
                 _set_mmap_bytes(MMAP_BYTES)
                 _set_trim_bytes(TRIM_BYTES)
-        release_memory()
+        if last:
+            release_memory()
 
 
 @contextmanager

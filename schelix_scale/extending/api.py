@@ -28,6 +28,7 @@ from schelix_scale.stores.joined import source_address
 from schelix_scale.training.warm import START
 
 LEAST = 2
+NOT_NEEDED = "novelty", "diffused"  # of a mapping: new cells are diffused among each other as well
 
 
 def extend(
@@ -120,7 +121,7 @@ def _fill(
     scratch = directory.path / EXTENSION
     with RunDirectory.claim(scratch, directory.config, directory.source) as inner:
         query = reference.query(
-            store, batches, inner, settings, reporter, [name for name in NEEDED if name != "novelty"]
+            store, batches, inner, settings, reporter, [name for name in NEEDED if name not in NOT_NEEDED]
         )
         project(query)
         correct(query)

@@ -170,7 +170,7 @@ class Reference:
         """Return a mapping of a store in a claimed directory, with all that threads share computed before."""
         frozen = self.frozen
         self._once.ready(*needs)
-        if store.n_cells * frozen.config.graph.k >= frozen.n_cells:
+        if "diffused" in needs and store.n_cells * frozen.config.graph.k >= frozen.n_cells:
             self._once.ready("materialized")
         return Query(
             store,
