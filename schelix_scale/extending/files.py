@@ -14,6 +14,7 @@ import pandas as pd
 
 from schelix_scale.context import BATCH, ROW
 from schelix_scale.errors import DataError
+from schelix_scale.features.onepass import write_rows
 from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.publish import create_array
 from schelix_scale.stores._align import align_column
@@ -37,12 +38,11 @@ def link(source: Path, target: Path) -> None:
 def append_rows(source: np.ndarray, new: np.ndarray, target: Path) -> None:
     """Write an .npy with the rows of ``source`` and then those of ``new``, in the type of the first."""
     n = len(source)
-    array = create_array(target, (n + len(new), *source.shape[1:]), source.dtype)
+    create_array(target, (n + len(new), *source.shape[1:]), source.dtype)
     for start, stop in row_blocks(n):
-        array[start:stop] = source[start:stop]
+        write_rows(target, start, source[start:stop])
     for start, stop in row_blocks(len(new)):
-        array[n + start : n + stop] = new[start:stop]
-    array.flush()
+        write_rows(target, n + start, new[start:stop])
 
 
 def new_batch_names(batches: Batches, taken: Sequence[str], version: int) -> list[str]:

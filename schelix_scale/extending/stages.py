@@ -6,8 +6,9 @@ import hashlib
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +30,7 @@ from schelix_scale.publish import write_json
 from schelix_scale.recorded import RecordedStore
 from schelix_scale.records import read_json
 from schelix_scale.run_directory import RunDirectory
+from schelix_scale.scheduling import run_tasks
 from schelix_scale.stages import STAGES
 
 EXTENSION = "extension"
@@ -86,8 +88,15 @@ class Extension:
         config = self.frozen.config
         if config.train.input == "stream" and name in ("train", "embed"):  # their cells come from several sources
             return self.directory.fingerprint(name, 0, {}, ["graph"])
-        store = RecordedStore(self.directory)
-        context = Context(
+        probe = _Probe(self._context)
+        stage(cast(Context, probe), self.directory)
+        return probe.fingerprint
+
+    @cached_property
+    def _context(self) -> Context:
+        """The context of the stages after the genes: what they read of the cells is in cells.parquet by then."""
+        config, store = self.frozen.config, RecordedStore(self.directory)
+        return Context(
             store,
             config,
             self.query.reporter,
@@ -98,9 +107,6 @@ class Extension:
             memory_budget(config),
             store.fingerprint(),
         )
-        probe = _Probe(context)
-        stage(cast(Context, probe), self.directory)
-        return probe.fingerprint
 
     def _details(self, stage: str) -> dict[str, Any]:
         return dict(self.frozen.directory.record(stage).details)
@@ -155,25 +161,30 @@ class Extension:
 
     def _append_operator(self, old: str, name: str, rows: NewRows, audits: list[dict[str, Any]]) -> list[str]:
         """Publish an operator with rows of new cells, and what they are diffused to under it."""
-        root, graph, diffused = self.frozen.directory.path, f"graph/{name}", f"diffused/{name}"
-        with self.directory.publish(graph) as folder:
-            folder.mkdir()
-            for file, new in (("indices.npy", rows.indices_mk), ("weights.npy", rows.weights_mk)):
-                append_rows(np.load(root / "graph" / old / file, mmap_mode="r"), new, folder / file)
+        root, made = self.frozen.directory.path, [f"graph/{name}", f"diffused/{name}"]
+        levels = dict(zip(STREAMS, self.frozen.levels(old), strict=True))
+        with ExitStack() as published:
+            graph, diffused = (published.enter_context(self.directory.publish(folder)) for folder in made)
+            graph.mkdir()
+            diffused.mkdir()
+
+            def diffuse(stream: str, own: np.ndarray) -> None:
+                file = f"{stream}.npy"
+                new = diffuse_rows(self.frozen, levels[stream], rows, own)
+                append_rows(np.load(root / "diffused" / old / file, mmap_mode="r"), new, diffused / file)
+
+            def append(file: str, new: np.ndarray) -> None:
+                append_rows(np.load(root / "graph" / old / file, mmap_mode="r"), new, graph / file)
+
+            tasks = [partial(diffuse, *pair) for pair in zip(STREAMS, self._corrected, strict=True)]  # longest first
+            tasks += [partial(append, "indices.npy", rows.indices_mk), partial(append, "weights.npy", rows.weights_mk)]
             of_features = old == self._details("graph")["operator_id"]  # others are of latents, and are not searched
             if of_features and (root / "graph" / old / INDEX).is_dir():
-                append_index(root / "graph" / old / INDEX, self._corrected[0], folder / INDEX)
+                tasks.append(partial(append_index, root / "graph" / old / INDEX, self._corrected[0], graph / INDEX))
+            run_tasks(_called, tasks, self.query.threads)
             audit = read_json(root / "graph" / old / "audit.json")
-            write_json(folder / "audit.json", {**audit, "extensions": audits})
-        levels = dict(zip(STREAMS, self.frozen.levels(old), strict=True))
-        with self.directory.publish(diffused) as folder:
-            folder.mkdir()
-            for stream, own in zip(STREAMS, self._corrected, strict=True):
-                new = diffuse_rows(self.frozen, levels[stream], rows, own)
-                append_rows(
-                    np.load(root / "diffused" / old / f"{stream}.npy", mmap_mode="r"), new, folder / f"{stream}.npy"
-                )
-        return [graph, diffused]
+            write_json(graph / "audit.json", {**audit, "extensions": audits})
+        return made
 
     def _train(self) -> Made:
         root = self.frozen.directory.path
@@ -206,6 +217,11 @@ class Extension:
         with self.directory.publish("embedding.zarr") as path:
             append_embedding(frozen.directory.path / "embedding.zarr", path, obs, new, uns)
         return ["embedding.zarr"], self._details("embed")
+
+
+def _called(task: Callable[[], None]) -> int:
+    task()
+    return 1
 
 
 class _Probe:

@@ -15,7 +15,7 @@ import numpy as np
 from schelix_scale.errors import GraphError
 from schelix_scale.graph.descent import GROUP_CELLS
 from schelix_scale.graph.lists import CellIndex
-from schelix_scale.graph.nearest import nearest, nearest_among, nearest_in_blocks
+from schelix_scale.graph.nearest import Hits, distinct, nearest_among, nearest_in_blocks
 from schelix_scale.graph.scratch import INDEX
 from schelix_scale.graph.threads import one_thread_each
 from schelix_scale.graph.vectors import row_blocks, unit_rows
@@ -24,7 +24,7 @@ from schelix_scale.scheduling import run_tasks
 EXACT_QUERIES, CHECKED_CELLS = 1_000, 64
 PROBES = 32  # lists that are searched for a cell
 TASK_GROUPS = 64  # groups of queries a task: each is too little work for one
-RANKED = 8_192  # cells whose neighbours are ordered in a task
+RANKED = 262_144  # neighbours that are ordered in a task
 EXPAND = 10  # neighbours whose neighbours in the graph are looked at
 
 
@@ -115,8 +115,9 @@ class QueryIndex:
             return span[1] - span[0]
 
         def in_lists(groups: Sequence[tuple[int, np.ndarray]]) -> int:
+            seen_n = np.zeros(n, bool)
             for chosen, queries in groups:
-                rows[queries] = self._search(chosen, unit[queries], k, probes)
+                rows[queries] = self._search(chosen, unit[queries], k, probes, seen_n)
             return len(groups)
 
         with one_thread_each():
@@ -145,19 +146,30 @@ class QueryIndex:
             for start, stop in row_blocks(len(rows), GROUP_CELLS)
         ]
 
-    def _search(self, chosen: int, unit_qd: np.ndarray, k: int, probes: int) -> np.ndarray:
-        """Search the lists near one, then the neighbours in the graph of what was found."""
+    def _search(self, chosen: int, unit_qd: np.ndarray, k: int, probes: int, seen_n: np.ndarray) -> np.ndarray:
+        """Search the lists near one, then the neighbours in the graph of what was found.
+
+        ``seen_n`` (n,) is False everywhere, before and after: it tells which positions were searched in the lists, most
+        of those neighbours among them, which are not scored again.
+        """
         index = self.index
         assert index is not None
         candidates = index.around(chosen, probes, k)
         columns, _ = nearest_among(unit_qd, index.vectors_nd, candidates, k)
         found = candidates[columns]
         around = self.position_n[self.indices_nk[index.cells[found[:, :EXPAND]]]].reshape(len(found), -1)
-        wider = np.sort(np.hstack([found, around]), axis=1)
-        scores = np.einsum("qd,qcd->qc", unit_qd, index.vectors_nd[wider])
-        scores[:, 1:][wider[:, 1:] == wider[:, :-1]] = -np.inf
-        columns, _ = nearest(scores, k)
-        return np.asarray(index.cells[np.take_along_axis(wider, columns, axis=1)])
+        seen_n[candidates] = True
+        row_h, place_h = np.nonzero(~seen_n[around])
+        seen_n[candidates] = False
+        row_h, position_h = np.divmod(distinct(row_h * index.n_cells + around[row_h, place_h]), index.n_cells)
+        score_h = np.einsum("hd,hd->h", unit_qd[row_h], index.vectors_nd[position_h])
+        score_qk = np.einsum("qd,qkd->qk", unit_qd, index.vectors_nd[found])
+        nearer = score_h > score_qk.min(axis=1)[row_h]
+        if not nearer.any():
+            return np.asarray(index.cells[found])
+        hits = Hits(len(found), k, np.repeat(np.arange(len(found)), k), found.ravel(), score_qk.ravel())
+        best = hits.and_more(row_h[nearer], position_h[nearer], score_h[nearer]).best()
+        return np.asarray(index.cells[best.column_h.reshape(found.shape)])
 
     def _ranked(self, unit_md: np.ndarray, rows_mk: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
         """Order neighbours by their distances, computed one by one: so they are the same in any company."""
@@ -173,5 +185,5 @@ class QueryIndex:
             distances[part] = np.take_along_axis(away, order, axis=1)
             return len(found)
 
-        run_tasks(rank, list(row_blocks(len(rows_mk), RANKED)), threads)
+        run_tasks(rank, list(row_blocks(len(rows_mk), max(1, RANKED // rows_mk.shape[1]))), threads)
         return rows_mk, distances

@@ -171,7 +171,7 @@ class Reference:
         frozen = self.frozen
         self._once.ready(*needs)
         if "diffused" in needs and store.n_cells * frozen.config.graph.k >= frozen.n_cells:
-            self._once.ready("materialized")
+            self._once.materialize(self.threads)
         return Query(
             store,
             batches,

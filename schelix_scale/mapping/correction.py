@@ -56,6 +56,7 @@ class Clusters:
         anchor_sd: np.ndarray,
         variant_sv: np.ndarray,
         batch_s: np.ndarray,
+        settled: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> Clusters:
         """Measure the clusters on s reference cells.
 
@@ -67,8 +68,10 @@ class Clusters:
             (s, v) Variant components, corrected by the whole displacement.
         batch_s
             (s,) batch codes.
+        settled
+            What `MixtureCorrection.apply_with_weights` makes of the Anchors, where it is known.
         """
-        corrected, weights_sk = correction.apply_with_weights(anchor_sd, batch_s)
+        corrected, weights_sk = settled or correction.apply_with_weights(anchor_sd, batch_s)
         mass_k = weights_sk.sum(axis=0)
         scale = 1 / np.maximum(mass_k, 1e-9)[:, None]
         n_batches = correction.shift_kbd.shape[1]

@@ -15,6 +15,7 @@ from scipy import sparse
 
 from schelix_scale.graph.operator import TINY, Operator, _batch_share
 from schelix_scale.graph.vectors import row_blocks, unit_rows
+from schelix_scale.scheduling import run_tasks
 
 
 class Levels:
@@ -52,14 +53,18 @@ class Levels:
         """Number of features, d."""
         return int(self._origin.shape[1])
 
-    def materialize(self) -> None:
+    def materialize(self, threads: int = 1) -> None:
         """Compute the hops that are not stored for all cells: for queries that would touch most of them."""
         for hop in range(1, self.last):
             if hop not in self._stored:
                 with tempfile.TemporaryFile() as file:  # on disk: it has no name, and goes with the last reader
                     level = np.memmap(file, np.float32, "w+", shape=self._origin.shape)
-                for start, stop in row_blocks(len(level)):
-                    level[start:stop] = self.rows(hop, np.arange(start, stop))
+
+                def fill(span: tuple[int, int], hop: int = hop, level: np.ndarray = level) -> int:
+                    level[slice(*span)] = self.rows(hop, np.arange(*span))
+                    return span[1] - span[0]
+
+                run_tasks(fill, list(row_blocks(len(level))), threads)
                 self._stored[hop] = level
 
     def missing_hops(self) -> int:

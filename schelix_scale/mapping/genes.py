@@ -138,30 +138,30 @@ def require_genes(match: GeneMatch, store: CellStore, genes: pd.DataFrame, minim
     )
 
 
-def reference_values(x_mq: sparse.csr_matrix, match: GeneMatch, values: str, target: float) -> sparse.csr_matrix:
+def reference_values(
+    x_mq: sparse.csr_matrix, match: GeneMatch, values: str, target: float, total_m: np.ndarray | None = None
+) -> sparse.csr_matrix:
     """Log-normalise a query's block as the reference was: (m, g) CSR, with the values of the used genes alone.
 
     A cell's total is over the genes that the reference has too, and becomes ``target``: 1e4 times the share that these
-    genes have in the reference (`shared_target`).
+    genes have in the reference (`shared_target`). ``total_m`` are those of `shared_totals`, where they are known.
     """
     places = np.flatnonzero(match.used_g & (match.place_g >= 0))
     picked = sparse.csr_matrix(x_mq[:, match.place_g[places]])
     data = picked.data
     if values != "log":
-        shared_q = np.zeros(x_mq.shape[1], np.float64)
-        shared_q[match.place_g[match.place_g >= 0]] = 1.0
-        totals = np.asarray(x_mq @ shared_q, np.float64).ravel()
+        totals = shared_totals(x_mq, match) if total_m is None else total_m
         factors = np.divide(target, totals, out=np.zeros_like(totals), where=totals > 0)
         data = np.log1p(data * np.repeat(factors, np.diff(picked.indptr)))
     shape = (x_mq.shape[0], len(match.place_g))
     return sparse.csr_matrix((data.astype(np.float32), places[picked.indices], picked.indptr), shape=shape)
 
 
-def measured_rows(x_mq: sparse.csr_matrix, match: GeneMatch) -> np.ndarray:
-    """Which cells have any value of a gene that the reference has too, (m,) bool."""
+def shared_totals(x_mq: sparse.csr_matrix, match: GeneMatch) -> np.ndarray:
+    """Return the sums of each cell's values of the genes that the reference has too, (m,) float64."""
     shared_q = np.zeros(x_mq.shape[1], np.float64)
     shared_q[match.place_g[match.place_g >= 0]] = 1.0
-    return np.asarray(x_mq @ shared_q).ravel() > 0
+    return np.asarray(x_mq @ shared_q, np.float64).ravel()
 
 
 def shared_target(match: GeneMatch, mean_g: np.ndarray, variance_g: np.ndarray) -> float:

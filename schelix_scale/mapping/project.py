@@ -17,11 +17,11 @@ from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.mapping.genes import (
     GeneMatch,
     match_genes,
-    measured_rows,
     reference_values,
     require_genes,
     restricted_streams,
     shared_target,
+    shared_totals,
 )
 from schelix_scale.mapping.query import MEASURED, MOVES, RAW, STREAMS, Query
 from schelix_scale.publish import create_array
@@ -32,6 +32,7 @@ from schelix_scale.stores.values import ValueKind, decide_values
 
 RUNS, RUN_CELLS = 16, 125  # consecutive cells: a store reads them in few chunks
 OF_BATCH = 20
+KNOWN = "measured"  # beside the components: which cells have any value of a gene that the reference has too
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,11 @@ class _Encoder:
     mean_g: np.ndarray
 
     def encode(self, x_mq: sparse.csr_matrix, values: str) -> dict[str, np.ndarray]:
-        """Return uncorrected components of both streams, and what learned loadings add to them."""
-        x_mg = reference_values(x_mq, self.match, values, self.target)
+        """Return uncorrected components of both streams, what learned loadings add to them, and who has any value."""
+        total_m = shared_totals(x_mq, self.match)
+        x_mg = reference_values(x_mq, self.match, values, self.target, total_m)
         streams = self.streams
-        found = {"anchor": streams.anchor.apply(x_mg)}
+        found = {KNOWN: total_m > 0, "anchor": streams.anchor.apply(x_mg)}
         found["variant"] = found["anchor"][:, :0] if streams.variant is None else streams.variant.apply(x_mg)
         if self.learned is not None:
             for name, part, weights in zip(STREAMS, (streams.anchor, streams.variant), self.learned, strict=True):
@@ -91,8 +93,8 @@ def project(query: Query) -> StageRecord:
             targets = {name: published.enter_context(query.directory.publish(file)) for name, file in names.items()}
             for name, path in targets.items():
                 create_array(path, (n, dims[name.partition("_")[0]]), "float32")
-            there = published.enter_context(query.directory.publish(MEASURED))
-            create_array(there, (n,), "bool")
+            targets[KNOWN] = published.enter_context(query.directory.publish(MEASURED))
+            create_array(targets[KNOWN], (n,), "bool")
             size = block_size(store, int(PASS_SHARE * query.budget), query.threads)
 
             def task(span: tuple[int, int]) -> int:
@@ -101,7 +103,6 @@ def project(query: Query) -> StageRecord:
                 check_block(x_mq, rows, store, values)
                 for name, found in _encode(query, encoders, x_mq, rows, values).items():
                     write_rows(targets[name], span[0], found)
-                write_rows(there, span[0], _measured_rows(query, encoders, x_mq, rows))
                 return len(rows)
 
             run_tasks(task, list(row_blocks(n, size)), query.threads, None, progress.advance)
@@ -124,18 +125,7 @@ def _encode(
     for group in np.unique(group_m):
         chosen = np.flatnonzero(group_m == group)
         for name, found in encoders[group].encode(x_mq[chosen], values).items():
-            out.setdefault(name, np.empty((len(rows), found.shape[1]), np.float32))[chosen] = found
-    return out
-
-
-def _measured_rows(query: Query, encoders: Sequence[_Encoder], x_mq: sparse.csr_matrix, rows: np.ndarray) -> np.ndarray:
-    """Return which cells of a block have any value of a gene that the reference has too, (m,) bool."""
-    if query.measured is None:
-        return measured_rows(x_mq, encoders[0].match)
-    group_m, out = query.measured.group_n[rows], np.zeros(len(rows), bool)
-    for group in np.unique(group_m):
-        chosen = group_m == group
-        out[chosen] = measured_rows(x_mq[np.flatnonzero(chosen)], encoders[group].match)
+            out.setdefault(name, np.empty((len(rows), *found.shape[1:]), found.dtype))[chosen] = found
     return out
 
 

@@ -31,7 +31,7 @@ from schelix_scale.stores.base import CellStore, Measured, partly_measured
 from schelix_scale.stores.batches import Batches
 
 DECIDED = 5_000
-BLOCK, QUERY_BLOCK = 8_192, 65_536
+BLOCK, QUERY_BLOCK = 8_192, 131_072
 FIT_CELLS = 20_000
 DRAWN_STEPS = 1024  # in a standard deviation: rounding hardly ever changes which cells are drawn
 RAW, CORRECTED = "features/{}_raw.npy", "features/{}.npy"

@@ -125,34 +125,35 @@ class Frozen:
         rng = np.random.default_rng([self.config.seed, 0x3A9])
         return np.sort(rng.choice(self.n_cells, min(SAMPLE, self.n_cells), replace=False))
 
-    @cached_property
+    @property
     def clusters(self) -> Clusters:
         """The soft clusters; in a run that corrects nothing, k-means of the Anchors, in which no batch is displaced."""
+        return self._of_sample[0]
+
+    @cached_property
+    def _of_sample(self) -> tuple[Clusters, np.ndarray]:
+        """The soft clusters, and the corrected Anchors of the cells that they are measured on."""
         rows = self.sample
-        raw, variant = np.asarray(self.raw_na[rows], np.float64), np.asarray(self.variant_nv[rows], np.float64)
+        raw, variant = (np.asarray(part[rows], np.float64) for part in (self.raw_na, self.variant_nv))
         correction, shift_kbv = self.streams.correction, self.streams.variant_shift_kbd
         batch = self.batch_n[rows]
         if correction is None:
             correction = _uncorrected(raw, int(self.batch_n.max()) + 1, self.config.seed)
+        corrected, weights = correction.apply_with_weights(raw, batch)
         k, b, _ = correction.shift_kbd.shape
         if shift_kbv is None:
             shift_kbv = np.zeros((k, b, variant.shape[1]), np.float32)
         else:  # the Variants of the run are moved by a share of the displacement, the clusters' centres by all of it
-            _, weights = correction.apply_with_weights(raw, batch)
             rest = 1 - self.streams.strength
             for code in np.unique(batch):
                 chosen = batch == code
                 variant[chosen] -= rest * weights[chosen] @ shift_kbv[:, code]
-        return Clusters.of_cells(correction, shift_kbv, raw, variant, batch)
+        return Clusters.of_cells(correction, shift_kbv, raw, variant, batch, (corrected, weights)), corrected
 
     @cached_property
     def novelty(self) -> NoveltyScore:
         """What scores how novel a cell is."""
-        rows = self.sample
-        corrected, _ = self.clusters.correction.apply_with_weights(
-            np.asarray(self.raw_na[rows], np.float64), self.batch_n[rows]
-        )
-        return NoveltyScore.of_cells(self.clusters, corrected)
+        return NoveltyScore.of_cells(*self._of_sample)
 
     @cached_property
     def index(self) -> QueryIndex:
@@ -186,12 +187,10 @@ class Frozen:
         )
         return anchor, variant
 
-    @cached_property
-    def materialized(self) -> bool:
-        """All hops of all reference cells are at hand, with which queries that touch most of them are faster."""
+    def materialize(self, threads: int) -> None:
+        """Have all hops of all reference cells at hand, with which queries that touch most of them are faster."""
         for levels in self.diffused:
-            levels.materialize()
-        return True
+            levels.materialize(threads)
 
     def _operator(self, name: str) -> Operator:
         folder = self.directory.path / "graph" / name
@@ -284,6 +283,11 @@ class Once:
         with self._lock:
             for name in names:
                 getattr(self.frozen, name)
+
+    def materialize(self, threads: int) -> None:
+        """See `Frozen.materialize`."""
+        with self._lock:
+            self.frozen.materialize(threads)
 
 
 def _uncorrected(raw_sd: np.ndarray, n_batches: int, seed: int) -> MixtureCorrection:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, Event
 
@@ -16,7 +17,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from schelix_scale.config import GraphConfig
 from schelix_scale.errors import GraphError
 from schelix_scale.graph.build import build_neighbors
-from schelix_scale.graph.query import QueryIndex
+from schelix_scale.graph.query import EXPAND, QueryIndex
 from schelix_scale.graph.scratch import INDEX
 from schelix_scale.graph.threads import one_thread_each
 from tests.synthetic import gaussian_cells
@@ -145,3 +146,42 @@ def test_what_cannot_be_asked(reference: QueryIndex, cells: tuple[np.ndarray, np
             QueryIndex.open(tmp_path, cells[0][::-1])
     with pytest.raises(GraphError, match="graph of 5,000 cells, and the features are those of 4,000"):
         QueryIndex.open(tmp_path, cells[0][:4_000])
+
+
+class Counting(np.ndarray):
+    """An array that counts the rows that are read of it."""
+
+    rows = 0
+
+    def __getitem__(self, key: object) -> np.ndarray:
+        found = np.asarray(self).__getitem__(key)  # type: ignore[call-overload]
+        Counting.rows += found.size // self.shape[1]
+        return np.asarray(found)
+
+
+def test_the_graph_adds_its_neighbours_and_only_those_are_scored(
+    reference: QueryIndex, cells: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against one cell at a time, in float64, by sets of cells."""
+    index = reference.index
+    if index is None:
+        pytest.skip("there are no lists in an exact search")
+    unit_n, unit_m = (part / np.linalg.norm(part.astype(float), axis=1, keepdims=True) for part in cells)
+    counted, read = replace(reference, index=replace(index, vectors_nd=index.vectors_nd.view(Counting))), 0
+    monkeypatch.setattr(Counting, "rows", 0)
+    rows, _ = counted.query(cells[1], K, probes=1)
+    better = 0
+    groups = reference._groups(np.asarray(unit_m, np.float32), 1)
+    for chosen, queries in groups:
+        searched = index.cells[index.around(chosen, 1, K)]
+        read += len(searched)
+        for query in queries:
+            first = searched[np.argsort(-(unit_n[searched] @ unit_m[query]))[:K]]
+            new = np.setdiff1d(reference.indices_nk[first[:EXPAND]], searched)
+            both = np.r_[first, new]
+            expected = both[np.argsort(-(unit_n[both] @ unit_m[query]))[:K]]
+            assert set(rows[query]) == set(expected)
+            better += len(set(expected) - set(first))
+            read += K + len(new)
+    assert Counting.rows == read
+    assert better > 0

@@ -18,7 +18,9 @@ from schelix_scale import Reference, Run, extend
 from schelix_scale.cli import app
 from schelix_scale.continuing import continue_run
 from schelix_scale.errors import ConfigError, DataError, RunError, TrainingError
+from schelix_scale.extending import stages
 from schelix_scale.progress import QuietReporter
+from schelix_scale.recorded import RecordedStore
 from schelix_scale.run import RunDirectory
 from schelix_scale.training.warm import keep_weights
 from tests.mapping.conftest import Atlas
@@ -75,6 +77,20 @@ def test_rows_of_the_run_are_as_they_were(extended: Run, atlas: Atlas) -> None:
     for name in ("anchor", "variant"):
         new, kept = (np.load(operator(run)[2] / f"{name}.npy") for run in (extended, old))
         np.testing.assert_array_equal(new[:n], kept)
+
+
+def test_the_cells_are_read_once_for_all_stages(
+    atlas: Atlas, query_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def count(directory: RunDirectory) -> RecordedStore:
+        opened.append(directory.path)
+        return RecordedStore(directory)
+
+    monkeypatch.setattr(stages, "RecordedStore", count)
+    extend(atlas.run, query_file, batch_key="batch", out=tmp_path / "run2", reporter=QuietReporter())
+    assert opened == [tmp_path / "run2"]
 
 
 def test_new_rows_are_those_of_a_dense_computation(extended: Run, atlas: Atlas) -> None:

@@ -18,7 +18,8 @@ from schelix_scale.features.correction import fit_correction
 from schelix_scale.features.projection import fit_projection
 from schelix_scale.graph.knn import find_neighbors
 from schelix_scale.graph.lists import CellIndex
-from schelix_scale.graph.operator import build_operator
+from schelix_scale.graph.operator import Operator, build_operator
+from schelix_scale.graph.vectors import BLOCK_CELLS
 from schelix_scale.mapping.correction import Clusters, fit_batch, shifted
 from schelix_scale.mapping.diffusion import Levels, kernel_widths, query_weights
 from schelix_scale.mapping.genes import GeneMatch, _restricted, match_genes, reference_values, shared_target
@@ -226,3 +227,21 @@ def test_new_batches_of_several_columns_stay_apart_from_those_of_the_run() -> No
         other = Batches(np.array(codes, np.int32), [str(code) for code in sorted(set(codes))], np.ones(4, int))
         with pytest.raises(DataError, match="Use the batch key of the run"):
             _apart(run, new, other, ["donor", "assay"], 3)
+
+
+def test_hops_of_all_cells_are_those_of_single_ones_on_any_number_of_threads() -> None:
+    """Against the sparse formula, over more than two blocks."""
+    rng, n = np.random.default_rng(0), 2 * BLOCK_CELLS + 5
+    z = rng.normal(size=(n, 2)).astype(np.float32)
+    indices, weights = rng.integers(0, n, (n, 3)), rng.dirichlet(np.ones(3), n).astype(np.float32)
+    p = sparse.csr_matrix((weights.ravel().astype(float), indices.ravel(), np.arange(0, 3 * n + 1, 3)), shape=(n, n))
+    once = 0.7 * (p @ z) + 0.3 * z
+    twice = 0.7 * (p @ once) + 0.3 * z
+    found = []
+    for threads in (1, 3):
+        levels = Levels(Operator(indices, weights), z, (0, 3), np.zeros((n, 2, 2), np.float32), 0.3)
+        levels.materialize(threads)
+        assert levels.missing_hops() == 0
+        found.append([levels.rows(hop, np.arange(n)) for hop in (1, 2)])
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_allclose(found[0], [once, twice], atol=1e-5)
