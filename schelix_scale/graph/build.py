@@ -100,7 +100,9 @@ def build_neighbors(
     claim(folder, made_from)
     audit = None
     if not (folder / DONE).exists():
-        with reused_memory(), one_thread_each(), ExitStack() as processes:
+        with one_thread_each(), ExitStack() as processes:
+            if method == "ivf":  # beside the process of pynndescent there is no room for what is kept
+                processes.enter_context(reused_memory())
             if search is not None:
                 processes.enter_context(search)
             builder = _Builder(
