@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from schelix_scale.errors import ConfigError, RankLost
+from schelix_scale.errors import ConfigError, RankLost, SchelixError
 
 ALONE_AT_WORK = timedelta(hours=12)  # of waiting for a rank that works alone, as on a new graph; its end is noticed
+SAME_ERROR = timedelta(seconds=10)  # of waiting whether the main rank ends by an error as well, and so says it
 IN_STEP = timedelta(minutes=30)  # the same in a step, where all do the same; NCCL does not notice that a rank has ended
 
 T = TypeVar("T")
@@ -137,6 +138,15 @@ class Ranks:
             return lost
         return RankLost()
 
+    def left_alone(self) -> bool:
+        """Whether the main rank has ended, as it does after the same error; waits a few seconds for that."""
+        try:
+            word = distributed.broadcast(torch.empty(1, dtype=torch.int64), 0, self.talk, async_op=True)
+            word.wait(SAME_ERROR)
+        except RuntimeError as error:
+            return _is_lost(error) and "imed out" not in str(error)
+        return False
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Turn the error of a rank that has gone away into a `RankLost`; only the main rank has words for it."""
@@ -213,6 +223,10 @@ def joined(device: str, deterministic: bool = False) -> Iterator[Ranks]:
         if ranks.main:
             raise
         raise RankLost from interrupt
+    except SchelixError as error:  # all ranks may have found it: the main one says it
+        if ranks.main or isinstance(error, RankLost) or not replace(ranks, talk=talk).left_alone():
+            raise
+        raise RankLost from error
     distributed.destroy_process_group(None if first else talk)  # not after an error: ranks that wait would hang
 
 

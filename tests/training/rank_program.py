@@ -20,7 +20,7 @@ from scipy import sparse
 
 from schelix_scale import embedding
 from schelix_scale.config import TrainConfig
-from schelix_scale.errors import TrainingError
+from schelix_scale.errors import GraphError, TrainingError
 from schelix_scale.model.loadings import Loadings
 from schelix_scale.model.streams import DualStream
 from schelix_scale.stores.known_labels import UNKNOWN
@@ -158,8 +158,13 @@ def train_recorded(folder: Path, attempt: str, config: TrainConfig, ranks: Ranks
 
 
 def main(what: str, folder: Path, attempt: str, stop: int, victim: int, config: TrainConfig) -> None:
-    """Compute gradients, and train until rank ``victim``, or all if it is -1, is killed after ``stop`` steps."""
+    """Compute gradients or err, and train until rank ``victim``, or all if it is -1, is killed after ``stop`` steps."""
     with joined("cpu") as ranks:
+        if what == "err" and victim in (ranks.rank, -1):
+            time.sleep(1 if ranks.main else 0)
+            raise GraphError("there is no graph")
+        if what == "err":
+            ranks.agree(None)
         if what == "gradients":
             found = [gradients(ranks, *split) for split in SPLITS]
             if ranks.main:

@@ -168,6 +168,19 @@ def test_ranks_that_diverge_end_after_the_main_one_has_said_so(tmp_path: Path) -
     assert (tmp_path / "ended-1").read_text() == "RankLost  True"
 
 
+def test_an_error_that_all_ranks_find_is_said_by_the_main_one(tmp_path: Path) -> None:
+    """Each would say it, or be ended by torchrun before it does; the others wait until the main rank has ended."""
+    main, other = begin(2, tmp_path, "a", "err", victim=-1)
+    assert main.stderr.endswith("GraphError: there is no graph\n")
+    assert other.stderr.endswith("schelix_scale.errors.RankLost\n")
+
+
+def test_an_error_of_one_rank_is_its_own(tmp_path: Path) -> None:
+    main, other = begin(2, tmp_path, "a", "err", victim=1)
+    assert other.stderr.endswith("GraphError: there is no graph\n")
+    assert "one of 2 ranks has ended" in main.stderr
+
+
 @pytest.mark.slow
 def test_after_one_rank_was_killed(two: Path, killed: Path, tmp_path: Path) -> None:
     go_on(Path(shutil.copytree(killed, tmp_path / "killed")), two)
