@@ -10,7 +10,7 @@ from schelix_scale.errors import GraphError
 from schelix_scale.graph.knn import Neighbors
 from schelix_scale.graph.nearest import nearest_in_blocks
 from schelix_scale.graph.threads import one_thread_each
-from schelix_scale.graph.vectors import row_blocks, unit_rows
+from schelix_scale.graph.vectors import row_blocks, taken, unit_rows
 from schelix_scale.scheduling import run_tasks
 
 AUDIT_BLOCK = 250  # cells that are searched exactly at once
@@ -80,7 +80,7 @@ def _true_neighbors(features_nd: np.ndarray, indices_nk: np.ndarray, rows: np.nd
     queries = unit_rows(features_nd[rows])
     blocks = ((start, unit_rows(features_nd[start:stop])) for start, stop in row_blocks(n))
     _, exact = nearest_in_blocks(queries, blocks, k, rows)
-    found = unit_rows(features_nd[indices_nk[rows].ravel()]).reshape(len(rows), k, -1)
+    found = unit_rows(taken(features_nd, indices_nk[rows].ravel())).reshape(len(rows), k, -1)
     true = 1 - np.einsum("md,mkd->mk", queries, found) <= exact[:, -1:] + 1e-6
     return np.asarray((true & others_once(indices_nk[rows], rows)).sum(axis=1))
 

@@ -18,7 +18,7 @@ import numpy as np
 from schelix_scale.graph.found import SPAN, FoundFiles
 from schelix_scale.graph.lists import CellIndex
 from schelix_scale.graph.nearest import BLOCK_CANDIDATES, distinct, nearest_among, nearest_in_blocks
-from schelix_scale.graph.vectors import forget, row_blocks
+from schelix_scale.graph.vectors import forget, row_blocks, taken
 from schelix_scale.progress import Reporter
 from schelix_scale.publish import write_json
 from schelix_scale.scheduling import run_tasks
@@ -99,8 +99,8 @@ class Expand:
         if self.everything:
             new = np.ones_like(new)
         old = distinct(first[~new])
-        theirs = before[old][fresh[old]]
-        return distinct(np.concatenate([before[distinct(first[new])].ravel(), theirs]))
+        theirs = taken(before, old)[taken(fresh, old)]
+        return distinct(np.concatenate([taken(before, distinct(first[new])).ravel(), theirs]))
 
     def _not_searched(self, index: CellIndex, chosen: int, positions: np.ndarray) -> np.ndarray:
         """Leave out of sorted positions those in lists that were searched for a list: most are."""
@@ -123,7 +123,7 @@ def better(
     unit_qd, parts = np.asarray(index.vectors_nd[start : start + len(mine_qk)]), []
     for a, b in row_blocks(len(candidates), BLOCK_CANDIDATES):
         block = candidates[a:b]
-        scores = unit_qd @ index.vectors_nd[block].T
+        scores = unit_qd @ taken(index.vectors_nd, block).T
         places = np.flatnonzero(scores > floor_q[:, None])
         row_h, column_h = np.divmod(places, len(block))
         parts.append((row_h, block[column_h], scores.ravel()[places]))
@@ -290,8 +290,8 @@ def start_from(indices_nk: np.ndarray) -> Callable[[CellIndex, FoundFiles], None
         neighbours, scores, fresh = files.neighbours(0, "r+"), files.scores(0, "r+"), files.fresh(0, "r+")
         positions = index.positions()
         for start, stop in row_blocks(index.n_cells, SPAN):
-            found = positions[indices_nk[index.cells[start:stop]]]
-            near = index.vectors_nd[found.ravel()].reshape(*found.shape, -1)
+            found = positions[taken(indices_nk, index.cells[start:stop])]
+            near = taken(index.vectors_nd, found)
             values = np.einsum("qd,qkd->qk", index.vectors_nd[start:stop], near)
             order = np.argsort(-values, axis=1, kind="stable")
             neighbours[start:stop] = np.take_along_axis(found, order, axis=1)
@@ -308,8 +308,8 @@ def in_cell_order(index: CellIndex, files: FoundFiles, number: int, out: Sequenc
 
     def write(span: tuple[int, int]) -> int:
         here = positions[slice(*span)]
-        indices[slice(*span)] = index.cells[neighbours[here]]
-        distances[slice(*span)] = np.maximum(1 - scores[here], 0)
+        indices[slice(*span)] = index.cells[taken(neighbours, here)]
+        distances[slice(*span)] = np.maximum(1 - taken(scores, here), 0)
         forget(indices, distances, neighbours, scores)
         return len(here)
 

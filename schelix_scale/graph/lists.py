@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from schelix_scale.graph.vectors import cell_dtype, forget, positions_of, row_blocks, unit_rows
+from schelix_scale.graph.vectors import cell_dtype, forget, positions_of, row_blocks, taken, unit_rows
 from schelix_scale.publish import create_array
 from schelix_scale.scheduling import run_tasks
 
@@ -197,7 +197,7 @@ class CellIndex:
 
         def write(span: tuple[int, int]) -> int:
             start, stop = span
-            vectors[start:stop] = unit_rows(features_nd[cells[start:stop]])
+            vectors[start:stop] = unit_rows(taken(features_nd, cells[start:stop]))
             forget(vectors, features_nd)
             return stop - start
 

@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 
 from schelix_scale.errors import GraphError
+from schelix_scale.graph.vectors import taken
 
 FLOOD = 16  # times k hits a query: so many have ties, and are ranked whole
 FLOOR_COLUMNS = 1024
@@ -85,7 +86,7 @@ def nearest_among(
     hits, limit_q = Hits.none(rows, k), None
     for first in range(0, len(candidates), width):
         part = candidates[first : first + width]
-        scores = unit_qd @ vectors_nd[part].T
+        scores = unit_qd @ taken(vectors_nd, part).T
         if start is not None:
             own = np.flatnonzero((part >= start) & (part < start + rows))
             scores[part[own] - start, own] = -np.inf

@@ -18,7 +18,7 @@ from schelix_scale.graph.lists import CellIndex
 from schelix_scale.graph.nearest import Hits, distinct, nearest_among, nearest_in_blocks
 from schelix_scale.graph.scratch import INDEX
 from schelix_scale.graph.threads import one_thread_each
-from schelix_scale.graph.vectors import row_blocks, unit_rows
+from schelix_scale.graph.vectors import row_blocks, taken, unit_rows
 from schelix_scale.scheduling import run_tasks
 
 EXACT_QUERIES, CHECKED_CELLS = 1_000, 64
@@ -157,13 +157,13 @@ class QueryIndex:
         candidates = index.around(chosen, probes, k)
         columns, _ = nearest_among(unit_qd, index.vectors_nd, candidates, k)
         found = candidates[columns]
-        around = self.position_n[self.indices_nk[index.cells[found[:, :EXPAND]]]].reshape(len(found), -1)
+        around = self.position_n[taken(self.indices_nk, index.cells[found[:, :EXPAND]])].reshape(len(found), -1)
         seen_n[candidates] = True
         row_h, place_h = np.nonzero(~seen_n[around])
         seen_n[candidates] = False
         row_h, position_h = np.divmod(distinct(row_h * index.n_cells + around[row_h, place_h]), index.n_cells)
-        score_h = np.einsum("hd,hd->h", unit_qd[row_h], index.vectors_nd[position_h])
-        score_qk = np.einsum("qd,qkd->qk", unit_qd, index.vectors_nd[found])
+        score_h = np.einsum("hd,hd->h", unit_qd[row_h], taken(index.vectors_nd, position_h))
+        score_qk = np.einsum("qd,qkd->qk", unit_qd, taken(index.vectors_nd, found))
         nearer = score_h > score_qk.min(axis=1)[row_h]
         if not nearer.any():
             return np.asarray(index.cells[found])
@@ -178,7 +178,7 @@ class QueryIndex:
         def rank(span: tuple[int, int]) -> int:
             part = slice(*span)
             found = rows_mk[part]
-            near = unit_rows(self.features_nd[found.ravel()]).reshape(*found.shape, -1)
+            near = unit_rows(taken(self.features_nd, found.ravel())).reshape(*found.shape, -1)
             away = np.maximum(1 - np.einsum("md,mkd->mk", unit_md[part], near), 0)
             order = np.lexsort((found, away), axis=1)
             rows_mk[part] = np.take_along_axis(found, order, axis=1)

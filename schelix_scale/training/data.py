@@ -14,7 +14,7 @@ from torch import Tensor
 
 from schelix_scale.errors import ConfigError
 from schelix_scale.graph.operator import Operator
-from schelix_scale.graph.vectors import row_blocks
+from schelix_scale.graph.vectors import row_blocks, taken
 from schelix_scale.model.loadings import Loadings, Values
 from schelix_scale.training.expression import Expressed
 
@@ -87,7 +87,7 @@ class CachedFeatures:
             anchor, variant, batch = (array[chosen] for array in self.resident)
             anchor, variant = anchor[:, hops], variant[:, hops]
         else:
-            parts = self.anchor_nta[rows, hops], self.variant_ntv[rows, hops], self.batch_n[rows].astype(np.int64)
+            parts = _hops(self.anchor_nta, rows, hops), _hops(self.variant_ntv, rows, hops), self._batch(rows)
             anchor, variant, batch = (to_device(part, device) for part in parts)
         if expressed is None:
             return Cells(anchor, variant, batch)
@@ -100,6 +100,9 @@ class CachedFeatures:
             None if of_variants is None else _to_values(of_variants, device),
         )
         return Cells(anchor, variant, batch, values)
+
+    def _batch(self, rows: np.ndarray) -> np.ndarray:
+        return taken(self.batch_n, rows).astype(np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -137,6 +140,12 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """Copy an array to a device; to a GPU from pinned memory, without waiting for it."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _hops(features_ntd: np.ndarray, rows: np.ndarray, hops: slice) -> np.ndarray:
+    """Return some hops of rows (m,), all of which a row has side by side."""
+    n, t, d = features_ntd.shape
+    return taken(features_ntd.reshape(n * t, d), rows[:, None] * t + np.arange(t)[hops])
 
 
 def _copied(array: np.ndarray, device: torch.device) -> Tensor:
