@@ -154,7 +154,12 @@ class Counting(np.ndarray):
     rows = 0
 
     def __getitem__(self, key: object) -> np.ndarray:
-        found = np.asarray(self).__getitem__(key)  # type: ignore[call-overload]
+        return self._counted(np.asarray(self).__getitem__(key))  # type: ignore[call-overload]
+
+    def take(self, rows: np.ndarray, axis: int) -> np.ndarray:  # type: ignore[override]
+        return self._counted(np.asarray(self).take(rows, axis))
+
+    def _counted(self, found: np.ndarray) -> np.ndarray:
         Counting.rows += found.size // self.shape[1]
         return np.asarray(found)
 
