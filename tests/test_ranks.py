@@ -128,13 +128,44 @@ def test_torchrun_itself_and_an_error_that_is_said_once(
     assert capfd.readouterr().err.count(f"Run `schelix graph {out}` first") == 1
 
 
-def test_ranks_read_their_own_cells_of_expression(ready: Path, tmp_path: Path) -> None:
-    """Learned loadings: what two ranks stream from the source trains and embeds as one process does."""
-    settings = {"train.input": "stream", "train.loadings": "learned", "train.alignment": "symmetric"}
-    embeddings = []
-    for nproc in (1, 2):
-        out = Path(shutil.copytree(ready, tmp_path / f"run{nproc}"))
-        run = continue_run(out, "train", then=["embed"], nproc=nproc, reporter=QuietReporter(), **settings)
-        assert run is not None
-        embeddings.append(run.embedding)
-    np.testing.assert_allclose(embeddings[1], embeddings[0], atol=1e-4)
+LEARNED = {"train.input": "stream", "train.loadings": "learned", "train.alignment": "symmetric"}
+OTHER_MACHINE = """
+import os
+from schelix_scale.cli import main
+configured = os.sysconf
+if os.environ["RANK"] == "1":
+    os.sysconf = lambda name: 100 if name == "SC_PHYS_PAGES" else configured(name)
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def streamed(ready: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """What one process makes of cells that it streams from the source, with learned loadings."""
+    out = Path(shutil.copytree(ready, tmp_path_factory.mktemp("streamed") / "run"))
+    run = continue_run(out, "train", then=["embed"], reporter=QuietReporter(), **LEARNED)
+    assert run is not None
+    return run
+
+
+def test_ranks_read_their_own_cells_of_expression(ready: Path, streamed: Run, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(ready, tmp_path / "run"))
+    run = continue_run(out, "train", then=["embed"], nproc=2, reporter=QuietReporter(), **LEARNED)
+    assert run is not None
+    np.testing.assert_allclose(run.embedding, streamed.embedding, atol=1e-4)
+
+
+def test_a_rank_on_a_machine_of_less_memory_mixes_rows_as_the_main_one(
+    ready: Path, streamed: Run, tmp_path: Path
+) -> None:
+    """How rows are mixed depends on the memory; ranks that mix them otherwise would skip cells."""
+    out, program = Path(shutil.copytree(ready, tmp_path / "run")), tmp_path / "program.py"
+    program.write_text(OTHER_MACHINE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    settings = [part for key, value in LEARNED.items() for part in ("--set", f"{key}={value}")]
+    subprocess.run(
+        [*torchrun, str(program), "train", str(out), "--embed", "--quiet", *settings],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    np.testing.assert_allclose(Run.open(out).embedding, streamed.embedding, atol=1e-4)

@@ -27,7 +27,7 @@ from schelix_scale.graph.partitions import (
 from schelix_scale.graph.scratch import DONE, FOUND, INDEX, claim, content_hash, search_version
 from schelix_scale.graph.search import SearchProcess
 from schelix_scale.graph.threads import one_thread_each
-from schelix_scale.graph.vectors import cell_dtype
+from schelix_scale.graph.vectors import cell_dtype, forget
 from schelix_scale.progress import QuietReporter, Reporter
 from schelix_scale.publish import create_array, sync, write_json
 
@@ -228,6 +228,7 @@ class _Builder:
 
         def begin(index: CellIndex, files: FoundFiles) -> None:
             parts = partitions(index, breadth.room, breadth.overlap, breadth.neighbours)
+            forget(index.vectors_nd)
             task = SearchPartition(index.folder, folder, k, breadth.neighbours, seed, self.threads)
             search_partitions(parts, task, process, self.scheduler, self.reporter)(index, files)
 

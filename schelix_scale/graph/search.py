@@ -26,7 +26,7 @@ import numpy as np
 from schelix_scale.compute import keep_memory_low, release_memory
 from schelix_scale.errors import GraphError
 from schelix_scale.graph.knn import Neighbors, approximate_neighbors, compile_search
-from schelix_scale.graph.vectors import unit_rows
+from schelix_scale.graph.vectors import forget, taken, unit_rows
 
 METHOD, ANSWER = "pynndescent", "done"
 PR_SET_PDEATHSIG = 1
@@ -139,7 +139,8 @@ def main(arguments: list[str]) -> None:
         task = json.loads(line)
         try:
             features = np.load(task["features"], mmap_mode="r")
-            unit = unit_rows(features[np.load(Path(task["out"]) / "rows.npy")] if task["rows"] else features)
+            unit = unit_rows(taken(features, np.load(Path(task["out"]) / "rows.npy")) if task["rows"] else features)
+            forget(features)
         except (OSError, ValueError) as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
