@@ -245,8 +245,8 @@ def _with_batches(frozen: Frozen, shifts: Any) -> Streams:
     if streams.correction is None:
         return streams
     fitted = [
-        BatchShift(anchor, variant, -1, 0.0)
-        for anchor, variant in zip(shifts["anchor_bkd"], shifts["variant_bkv"], strict=True)
+        BatchShift(anchor, variant, 0.0)
+        for anchor, variant in zip(shifts["anchor_bd"], shifts["variant_bv"], strict=True)
     ]
     correction, variant_shift = frozen.clusters.extended(fitted)
     kept = None if streams.variant_shift_kbd is None else variant_shift

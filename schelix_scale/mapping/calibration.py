@@ -1,7 +1,7 @@
 """Batches of the reference, mapped as if they were new -> what calibrates labels and novelty.
 
-Each held-out batch goes through the same steps as a query: its displacement is fitted anew (and may not be that which
-the reference fitted to it), and its cells find their neighbours among the cells of all other batches.
+Each held-out batch goes through the same steps as a query: its displacement is fitted anew, and its cells find their
+neighbours among the cells of all other batches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from schelix_scale.errors import DataError
 from schelix_scale.graph.nearest import nearest_in_blocks
 from schelix_scale.graph.vectors import row_blocks, unit_rows
-from schelix_scale.mapping.correction import PROBES, fit_batch, shifted
+from schelix_scale.mapping.correction import fit_batch, shifted
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.scheduling import run_tasks
@@ -147,13 +147,13 @@ def hold_out(
         drawn = np.sort(rng.choice(len(batches), settings.calibration_batches, replace=False))
         batches, sizes = batches[drawn], sizes[drawn]
     share = max(1, settings.calibration_cells // len(batches))
-    chosen: list[tuple[int, np.ndarray, np.ndarray]] = []
+    chosen: list[tuple[np.ndarray, np.ndarray]] = []
     for batch, size in zip(batches.tolist(), sizes, strict=True):
         cells = np.flatnonzero(frozen.batch_n == batch)
         fit = np.sort(rng.choice(cells, min(FIT_CELLS, size), replace=False))
         rows = np.sort(rng.choice(fit, min(share, len(fit)), replace=False))
         if size < frozen.n_cells - frozen.config.graph.k:
-            chosen.append((batch, fit, rows))
+            chosen.append((fit, rows))
     moved: list[np.ndarray] = [np.zeros(0)] * len(chosen)
 
     def task(place: int) -> int:
@@ -166,22 +166,21 @@ def hold_out(
             f"the reference {frozen.directory.path} has {len(batches)} batches, none of which can be held out: "
             f"{frozen.config.graph.k} cells must be left. Mapping is calibrated on held-out batches."
         )
-    rows, corrected = np.concatenate([rows for _, _, rows in chosen]), np.concatenate(moved)
+    rows, corrected = np.concatenate([rows for _, rows in chosen]), np.concatenate(moved)
     indices, distances = _neighbors_elsewhere(frozen, corrected, frozen.batch_n[rows], threads)
     scores = frozen.novelty(np.asarray(frozen.raw_na[rows]), corrected, distances)
     return _HeldOut(rows, indices, distances, scores)
 
 
-def _corrected(frozen: Frozen, batch: int, fit: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def _corrected(frozen: Frozen, fit: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Correct cells of a batch as those of a new one, whose displacement is fitted on the cells ``fit``."""
     if not frozen.corrects:
         return np.asarray(frozen.anchor_na[rows])
     empty = np.zeros((len(fit), 0), np.float32)
     clusters = frozen.clusters.without_variants()
-    probes = np.linspace(0, len(fit) - 1, min(PROBES, len(fit))).astype(int)
-    shift = fit_batch(clusters, np.asarray(frozen.raw_na[fit]), empty, probes, leave_out=batch)
+    shift = fit_batch(clusters, np.asarray(frozen.raw_na[fit]), empty)
     raw = np.asarray(frozen.raw_na[rows])
-    return shifted(clusters, shift, raw, empty[: len(rows)], frozen.streams.strength)[0]
+    return shifted(shift, raw, empty[: len(rows)], frozen.streams.strength)[0]
 
 
 def _neighbors_elsewhere(

@@ -1,7 +1,8 @@
-"""A batch that the reference has not seen -> what it is displaced by in each soft cluster of the reference.
+"""A batch that the reference has not seen -> what it is displaced by.
 
-The form is that of the reference's own correction (a mixture of linear experts, as Symphony maps queries: Kang et al.
-2021), with the reference's clusters and centres fixed and one batch at a time, so that no batch depends on another.
+The reference's soft clusters and their centres are fixed, and batches are fitted one at a time, so that none depends on
+another. A batch has one displacement: to give it one in each cluster, as the reference's own correction and Symphony
+(Kang et al. 2021) do, moves cells that begin in the wrong cluster onto it (see benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from schelix_scale.features.correction import RIDGE_SHARE, SIGMA, MixtureCorrection
+from schelix_scale.features.correction import SIGMA, MixtureCorrection
 
-ROUNDS = 8
+ROUNDS, PASSES = 8, 5
 PRIOR_CELLS = 10.0
 BLOCK = 20_000
-PROBES, CANDIDATES = 500, 4
+TINY = 1e-9
 LIKELY = 0.95
 MIN_CELLS = 10
 COHERENT = 3.0
@@ -111,9 +112,12 @@ class Clusters:
             return self.correction, self.variant_shift_kbd
         k = len(self.centre_kd)
         old = self.correction
-        anchor = np.concatenate([old.shift_kbd, np.stack([shift.anchor_kd for shift in shifts], axis=1)], axis=1)
-        variant = np.concatenate(
-            [self.variant_shift_kbd, np.stack([shift.variant_kv for shift in shifts], axis=1)], axis=1
+        anchor, variant = (
+            np.concatenate([old_kbf, np.broadcast_to(np.stack(new), (k, len(new), old_kbf.shape[2]))], axis=1)
+            for old_kbf, new in (
+                (old.shift_kbd, [shift.anchor_d for shift in shifts]),
+                (self.variant_shift_kbd, [shift.variant_v for shift in shifts]),
+            )
         )
         penalty = np.concatenate([old.penalty_kb, np.zeros((k, len(shifts)), old.penalty_kb.dtype)], axis=1)
         return MixtureCorrection(old.centroids_kd, penalty, anchor.astype(np.float32)), variant.astype(np.float32)
@@ -121,129 +125,88 @@ class Clusters:
 
 @dataclass(frozen=True)
 class BatchShift:
-    """Displacement of a new batch in each cluster.
+    """Displacement of a new batch.
 
     Attributes
     ----------
-    anchor_kd, variant_kv
-        (K, d) and (K, v).
-    like
-        The reference's batch that it starts from, -1 if none fits better than no displacement.
+    anchor_d, variant_v
+        (d,) and (v,).
     held_back
-        Share of its cells that are in clusters whose displacement was limited: more would not be a batch effect.
+        Share of its cells that are in clusters which depart from it more than is usual, and so had less of a part in
+        it.
     """
 
-    anchor_kd: np.ndarray
-    variant_kv: np.ndarray
-    like: int
+    anchor_d: np.ndarray
+    variant_v: np.ndarray
     held_back: float
 
 
-def fit_batch(
-    clusters: Clusters,
-    anchor_nd: np.ndarray,
-    variant_nv: np.ndarray,
-    probes: np.ndarray,
-    leave_out: int | None = None,
-) -> BatchShift:
+def fit_batch(clusters: Clusters, anchor_nd: np.ndarray, variant_nv: np.ndarray) -> BatchShift:
     """Fit the displacement of a new batch, in closed form and a few rounds.
 
-    In a cluster with N_k of its cells (softly counted) and centre mu_k, with P_k that of the reference's batch that it
-    is most like: W_k = P_k + N_k / (N_k + lambda_k) (mean residual from mu_k - P_k). lambda_k is a fifth of the cells
-    expected in the cluster, as for the reference, and at least 10 cells: few cells, or none, change little.
-
-    A displacement that is unlike both those of the batch in its other clusters and any of the reference is taken
-    for biology (a type that the reference lacks) and held back, the more the farther it is.
+    In each cluster the batch's cells (softly counted) have a mean residual from the cluster's centre. What the clusters
+    share of these is the displacement; the weight of a cluster is its share of the batch or of the reference, whichever
+    is less, so that another composition is not taken for a displacement. A cluster that departs from the others by more
+    than is usual in the reference, and than half of them do (a type that the reference lacks), counts the less, the
+    farther it is.
 
     Parameters
     ----------
     anchor_nd, variant_nv
         (n, d) and (n, v) uncorrected components of the batch's cells.
-    probes
-        (p,) cells on which it is decided which batch it is most like.
-    leave_out
-        A batch of the reference that it may not be like, since it is the batch itself.
     """
-    like = _most_like(clusters, np.asarray(anchor_nd[probes], np.float32), leave_out)
-    k, v = len(clusters.centre_kd), clusters.variant_kv.shape[1]
-    prior_kd = np.zeros_like(clusters.centre_kd) if like < 0 else clusters.correction.shift_kbd[:, like].astype(float)
-    prior_kv = np.zeros((k, v)) if like < 0 else clusters.variant_shift_kbd[:, like].astype(float)
-    ridge_k = np.maximum(RIDGE_SHARE * clusters.share_k * len(anchor_nd), PRIOR_CELLS)
-    shift_kd, kept_k = prior_kd, np.ones(k)
-    count_k = np.zeros(k)
+    shift_d = np.zeros(anchor_nd.shape[1])
     for _ in range(ROUNDS):  # always as many: to stop early would hang on the last digits
-        count_k, residual_kd = _residuals(clusters, anchor_nd, anchor_nd, shift_kd, clusters.centre_kd)
-        departure_kd, kept_k = _plausible(clusters, residual_kd - prior_kd, count_k)
-        shift_kd = prior_kd + (count_k / (count_k + ridge_k))[:, None] * departure_kd
-    count_k, residual_kv = _residuals(clusters, anchor_nd, variant_nv, shift_kd, clusters.variant_kv)
-    variant_kv = prior_kv + (kept_k * count_k / (count_k + ridge_k))[:, None] * (residual_kv - prior_kv)
-    return BatchShift(shift_kd, variant_kv, like, float(((1 - kept_k) * count_k).sum() / max(count_k.sum(), 1e-9)))
+        count_k, residual_kd = _residuals(clusters, anchor_nd, anchor_nd, shift_d, clusters.centre_kd)
+        shift_d, trust_k = _shared(clusters, residual_kd, count_k)
+    count_k, residual_kv = _residuals(clusters, anchor_nd, variant_nv, shift_d, clusters.variant_kv)
+    weight_k = _weights(clusters, count_k) * trust_k
+    variant_v = _believed(count_k) * (weight_k @ residual_kv) / max(weight_k.sum(), TINY)
+    return BatchShift(shift_d, variant_v, float(((1 - trust_k) * count_k).sum() / max(count_k.sum(), TINY)))
 
 
 def _residuals(
-    clusters: Clusters, anchor_nd: np.ndarray, values_nf: np.ndarray, shift_kd: np.ndarray, centre_kf: np.ndarray
+    clusters: Clusters, anchor_nd: np.ndarray, values_nf: np.ndarray, shift_d: np.ndarray, centre_kf: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Soft counts (K,), and mean residuals (K, f) of values from the clusters' centres, 0 in clusters without cells."""
-    count_k, total_kf = np.zeros(len(shift_kd)), np.zeros(centre_kf.shape)
+    count_k, total_kf = np.zeros(len(centre_kf)), np.zeros(centre_kf.shape)
     for start in range(0, len(anchor_nd), BLOCK):
         z_md = np.asarray(anchor_nd[start : start + BLOCK], np.float32)
-        weights_mk = settle(clusters, z_md, shift_kd)[1]
+        weights_mk = clusters.weights(z_md - shift_d.astype(np.float32))
         count_k += weights_mk.sum(axis=0, dtype=np.float64)
         total_kf += weights_mk.T @ np.asarray(values_nf[start : start + BLOCK], np.float32)
     residual = total_kf - count_k[:, None] * centre_kf
-    return count_k, residual / np.maximum(count_k, 1e-9)[:, None]
+    return count_k, residual / np.maximum(count_k, TINY)[:, None]
 
 
-def settle(clusters: Clusters, z_nd: np.ndarray, shift_kd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Move cells by a batch's displacement as `MixtureCorrection.apply` does; return them and their weights (n, K)."""
-    corrected, shift_kd = z_nd, shift_kd.astype(z_nd.dtype)
-    for _ in range(3):
-        weights = clusters.weights(corrected)
-        corrected = z_nd - weights @ shift_kd
-    return corrected, weights
+def _shared(clusters: Clusters, residual_kd: np.ndarray, count_k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return what clusters share of their residuals, (d,), and how far each is trusted, (K,) from 0 to 1.
 
-
-def _most_like(clusters: Clusters, z_pd: np.ndarray, leave_out: int | None) -> int:
-    """Return the batch of the reference whose displacement brings cells nearest to centroids; -1 for none.
-
-    All are tried with the weights of uncorrected cells, and the best few and none as cells are corrected.
+    It is believed whatever its size if there are enough clusters to tell (3 evenly filled ones), else up to what is
+    usual in the reference. All is continuous, so that the last digits of sums, which hang on their order, decide
+    nothing.
     """
-    shift_kbd = clusters.correction.shift_kbd
-    weights_pk = clusters.weights(z_pd)
-    batches = [batch for batch in range(shift_kbd.shape[1]) if batch != leave_out]
-    first = [_nearness(clusters, z_pd - weights_pk @ shift_kbd[:, batch]) for batch in batches]
-    best = [batches[place] for place in np.argsort(first, kind="stable")[::-1][:CANDIDATES]]
-    scores = {-1: _nearness(clusters, z_pd)}
-    scores |= {batch: _nearness(clusters, settle(clusters, z_pd, shift_kbd[:, batch])[0]) for batch in best}
-    return max(scores, key=lambda batch: scores[batch])
-
-
-def _nearness(clusters: Clusters, corrected_pd: np.ndarray) -> float:
-    """Mean cosine of cells with the centroid nearest to them."""
-    unit = corrected_pd / np.maximum(np.linalg.norm(corrected_pd, axis=1, keepdims=True), 1e-12)
-    return float((unit @ clusters.correction.centroids_kd.T).max(axis=1).mean())
-
-
-def _plausible(clusters: Clusters, departure_kd: np.ndarray, count_k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Hold back what is no batch effect: return the displacements beyond the prior, (K, d), and how far they are kept.
-
-    What most of the batch's clusters share is believed whatever its size, if there are enough of them to tell (3
-    evenly filled ones); what a cluster has beyond that, or a batch of fewer clusters at all, up to what is usual in
-    the reference. All is continuous, so that the last digits of sums, which hang on their order, decide nothing.
-
-    Returns
-    -------
-    (K, d) displacements, and (K,) from 1, where little was held back, to 0, where three quarters or more were.
-    """
-    spread = count_k.sum() ** 2 / max((count_k**2).sum(), 1e-9)
+    weight_k = _weights(clusters, count_k)
+    shared_d, trust_k = _weighted_median(residual_kd, weight_k), np.ones(len(count_k))
+    for _ in range(PASSES):
+        away_k = np.linalg.norm(residual_kd - shared_d, axis=1)
+        limit = max(clusters.usual_departure, float(_weighted_median(away_k[:, None], weight_k)[0]), TINY)
+        trust_k = np.minimum(1.0, (limit / np.maximum(away_k, TINY)) ** 2)
+        shared_d = (weight_k * trust_k) @ residual_kd / max(float(weight_k @ trust_k), TINY)
+    spread = count_k.sum() ** 2 / max((count_k**2).sum(), TINY)
     told = float(np.clip(spread - COHERENT + 0.5, 0.0, 1.0))
-    median_d = _weighted_median(departure_kd, count_k)
-    common_d = told * median_d + (1 - told) * _held(median_d[None], clusters.usual_shift)[0]
-    own_kd = departure_kd - common_d
-    limit = told * clusters.usual_departure + (1 - told) * clusters.usual_shift
-    norm_k = np.linalg.norm(own_kd, axis=1)
-    share_k = np.minimum(1.0, (limit / np.maximum(norm_k, 1e-12)) ** 2)
-    return common_d + share_k[:, None] * own_kd, np.clip(2 * share_k - 0.5, 0.0, 1.0)
+    shared_d = told * shared_d + (1 - told) * _held(shared_d[None], clusters.usual_shift)[0]
+    return _believed(count_k) * shared_d, trust_k
+
+
+def _weights(clusters: Clusters, count_k: np.ndarray) -> np.ndarray:
+    """Share of the batch or of the reference that a cluster has, whichever is less, (K,)."""
+    return np.asarray(np.minimum(count_k / max(count_k.sum(), TINY), clusters.share_k))
+
+
+def _believed(count_k: np.ndarray) -> float:
+    """How far a mean of so many cells is believed, from 0 to 1."""
+    return float(count_k.sum() / (count_k.sum() + PRIOR_CELLS))
 
 
 def _held(vectors_kd: np.ndarray, limit: float) -> np.ndarray:
@@ -263,10 +226,8 @@ def _weighted_median(values_kd: np.ndarray, weight_k: np.ndarray) -> np.ndarray:
 
 
 def shifted(
-    clusters: Clusters, shift: BatchShift, anchor_nd: np.ndarray, variant_nv: np.ndarray, strength: float
+    shift: BatchShift, anchor_nd: np.ndarray, variant_nv: np.ndarray, strength: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Correct (n, d) and (n, v) components of a new batch's cells; float32."""
-    z_nd = np.asarray(anchor_nd, np.float32)
-    _, weights_nk = settle(clusters, z_nd, shift.anchor_kd)
-    anchor = z_nd - strength * (weights_nk @ shift.anchor_kd.astype(np.float32))
-    return anchor, np.asarray(variant_nv - strength * (weights_nk @ shift.variant_kv.astype(np.float32)), np.float32)
+    anchor = anchor_nd - (strength * shift.anchor_d).astype(np.float32)
+    return anchor, np.asarray(variant_nv - (strength * shift.variant_v).astype(np.float32), np.float32)

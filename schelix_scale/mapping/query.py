@@ -18,7 +18,7 @@ import pandas as pd
 
 from schelix_scale.features.onepass import write_rows
 from schelix_scale.graph.vectors import row_blocks
-from schelix_scale.mapping.correction import PROBES, BatchShift, fit_batch, shifted
+from schelix_scale.mapping.correction import BatchShift, fit_batch, shifted
 from schelix_scale.mapping.inputs import batches_digest
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
@@ -122,7 +122,7 @@ def correct(query: Query) -> StageRecord:
             for code, name in enumerate(batches.names):
                 rows, shift = of_batch[code], fitted[code]
                 shifts.append(shift)
-                facts.append({"batch": name, "cells": len(rows), "like": shift.like, "held_back": shift.held_back})
+                facts.append({"batch": name, "cells": len(rows), "held_back": shift.held_back})
                 spans = row_blocks(len(rows), BLOCK)
 
                 def task(span: tuple[int, int], rows: np.ndarray = rows, shift: BatchShift = shift) -> int:
@@ -136,12 +136,12 @@ def correct(query: Query) -> StageRecord:
         with query.directory.publish(SHIFTS) as path:
             np.savez(
                 path,
-                anchor_bkd=np.stack([shift.anchor_kd for shift in shifts]),
-                variant_bkv=np.stack([shift.variant_kv for shift in shifts]),
+                anchor_bd=np.stack([shift.anchor_d for shift in shifts]),
+                variant_bv=np.stack([shift.variant_v for shift in shifts]),
             )
         return [*files, SHIFTS], {"corrected": frozen.corrects, "batches": facts}
 
-    return query.stage("correct", {"batches": batches_digest(batches), "version": 2}, ["project"], make)
+    return query.stage("correct", {"batches": batches_digest(batches), "version": 3}, ["project"], make)
 
 
 def content_order(frozen: Frozen, anchor_nd: np.ndarray) -> np.ndarray:
@@ -154,9 +154,8 @@ def content_order(frozen: Frozen, anchor_nd: np.ndarray) -> np.ndarray:
 def _shift(frozen: Frozen, anchor_nd: np.ndarray, variant_nv: np.ndarray) -> BatchShift:
     """Fit a batch; none is displaced in a reference that corrects nothing."""
     if not frozen.corrects:
-        k = len(frozen.clusters.centre_kd)
-        return BatchShift(np.zeros((k, anchor_nd.shape[1])), np.zeros((k, variant_nv.shape[1])), -1, 0.0)
-    return fit_batch(frozen.clusters, anchor_nd, variant_nv, np.arange(min(PROBES, len(anchor_nd))))
+        return BatchShift(np.zeros(anchor_nd.shape[1]), np.zeros(variant_nv.shape[1]), 0.0)
+    return fit_batch(frozen.clusters, anchor_nd, variant_nv)
 
 
 def _moved(
@@ -164,7 +163,7 @@ def _moved(
 ) -> tuple[np.ndarray, np.ndarray]:
     if not frozen.corrects:
         return anchor_md, variant_mv
-    return shifted(frozen.clusters, shift, anchor_md, variant_mv, frozen.streams.strength)
+    return shifted(shift, anchor_md, variant_mv, frozen.streams.strength)
 
 
 def find_neighbors(query: Query) -> StageRecord:

@@ -51,33 +51,54 @@ def test_a_new_batch_is_moved_onto_the_common_centres(
     target = centres(clusters.correction.apply(z[old], batch[old]), types[old])
     before = np.linalg.norm(centres(z[new], types[new]) - target, axis=1)
     none = np.zeros((int(new.sum()), 0))
-    shift = fit_batch(clusters, z[new], none, np.arange(100))
-    moved, _ = shifted(clusters, shift, z[new], none, 1.0)
+    shift = fit_batch(clusters, z[new], none)
+    moved, _ = shifted(shift, z[new], none, 1.0)
     after = np.linalg.norm(centres(moved, types[new]) - target, axis=1)
     assert after.max() < 0.5 * before.min()
-    half, _ = shifted(clusters, shift, z[new], none, 0.5)
+    half, _ = shifted(shift, z[new], none, 0.5)
     np.testing.assert_allclose(half, (moved + z[new]) / 2, atol=1e-5)
 
 
-def test_clusters_without_cells_are_not_corrected_from_afar(
+def test_another_composition_is_no_displacement(
     planted: tuple[Clusters, np.ndarray, np.ndarray, np.ndarray],
 ) -> None:
+    """Nine tenths of a type, or one type alone, is moved by what its batch is displaced by, and not to the others."""
     clusters, z, types, batch = planted
-    one = (batch == 3) & (types == 0)
-    none = np.zeros((int(one.sum()), 0))
-    shift = fit_batch(clusters, z[one], none, np.arange(50))
-    near = clusters.weights(z[one]).sum(axis=0) > 1
-    prior = 0 if shift.like < 0 else clusters.correction.shift_kbd[:, shift.like]
-    np.testing.assert_allclose((shift.anchor_kd - prior)[~near], 0, atol=0.05)
-    assert np.linalg.norm((shift.anchor_kd - prior)[near], axis=1).max() > 0.3
+    new = np.flatnonzero(batch == 3)
+    target = clusters.correction.apply(z[batch < 3], batch[batch < 3])
+    mean = centres(target, types[batch < 3])
+    true = np.mean(centres(z[new], types[new]) - mean, axis=0)
+    whole = fit_batch(clusters, z[new], np.zeros((len(new), 0)))
+    assert np.linalg.norm(whole.anchor_d - true) < 0.35 * np.linalg.norm(true)
+    of_type = [new[types[new] == t] for t in range(4)]
+    most = np.concatenate([of_type[0], *(rows[: len(of_type[0]) // 27] for rows in of_type[1:])])
+    for rows, room in ((most, 0.5), (of_type[0], 0.7)):
+        shift = fit_batch(clusters, z[rows], np.zeros((len(rows), 0)))
+        assert np.linalg.norm(shift.anchor_d - true) < room * np.linalg.norm(true)
+        moved = z[of_type[0]] - shift.anchor_d
+        near = np.linalg.norm(moved[:, None] - mean, axis=2).argmin(axis=1)
+        assert (near == 0).mean() > 0.95
+
+
+def test_a_type_that_the_reference_lacks_has_little_part_in_the_displacement(
+    planted: tuple[Clusters, np.ndarray, np.ndarray, np.ndarray],
+) -> None:
+    clusters, z, _, batch = planted
+    new = z[batch == 3]
+    strange = new[:60] + 12 * np.random.default_rng(0).normal(size=new.shape[1])
+    none = np.zeros((len(new), 0))
+    without = fit_batch(clusters, new, none)
+    beside = fit_batch(clusters, np.vstack([new, strange]), np.vstack([none, none[:60]]))
+    assert np.linalg.norm(beside.anchor_d - without.anchor_d) < 0.25 * np.linalg.norm(without.anchor_d)
+    assert beside.held_back > without.held_back + 0.05
 
 
 def test_three_cells_move_little(planted: tuple[Clusters, np.ndarray, np.ndarray, np.ndarray]) -> None:
     clusters, z, _, batch = planted
-    rows = np.flatnonzero(batch == 3)[:3]
-    shift = fit_batch(clusters, z[rows], np.zeros((3, 0)), np.arange(3))
-    prior = 0 if shift.like < 0 else clusters.correction.shift_kbd[:, shift.like]
-    assert np.linalg.norm(shift.anchor_kd - prior, axis=1).max() < 0.6
+    rows = np.flatnonzero(batch == 3)
+    whole = fit_batch(clusters, z[rows], np.zeros((len(rows), 0)))
+    few = fit_batch(clusters, z[rows[:3]], np.zeros((3, 0)))
+    assert np.linalg.norm(few.anchor_d) < 0.5 * np.linalg.norm(whole.anchor_d)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.5])
