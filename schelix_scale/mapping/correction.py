@@ -82,6 +82,7 @@ class Clusters:
             shift_kd = correction.shift_kbd[occupied_kb[:, batch], batch]
             if len(shift_kd):
                 shifts.append(np.linalg.norm(shift_kd, axis=1))
+            if len(shift_kd) and np.ptp(shift_kd, axis=0).any():  # one that an extension added has no departures
                 departures.append(np.linalg.norm(shift_kd - np.median(shift_kd, axis=0), axis=1))
         return cls(
             correction,
