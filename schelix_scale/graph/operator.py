@@ -48,24 +48,6 @@ class Operator:
         m, k = columns.shape
         return sparse.csr_matrix((data.ravel(), columns.ravel(), np.arange(0, m * k + 1, k)), shape=(m, self.n_cells))
 
-    def walk(self, rows: np.ndarray, steps: int, rng: np.random.Generator) -> np.ndarray:
-        """Follow a random walk from each of ``rows`` (m,); return where it ends, (m,)."""
-        ends: np.ndarray = self.path(rows, steps, rng)[-1]
-        return ends
-
-    def path(self, rows: np.ndarray, steps: int, rng: np.random.Generator) -> np.ndarray:
-        """Follow a random walk from each of ``rows`` (m,); return the cells on its way, (steps + 1, m)."""
-        indices, weights = np.asarray(self.indices_nk), np.asarray(self.weights_nk)
-        position = np.asarray(rows)
-        way = [position]
-        for _ in range(steps):
-            cumulative = np.cumsum(weights[position], axis=1, dtype=np.float64)
-            draw = rng.random((len(position), 1)) * cumulative[:, -1:]
-            column = np.minimum((cumulative <= draw).sum(axis=1), cumulative.shape[1] - 1)
-            position = indices[position, column].astype(np.int64)
-            way.append(position)
-        return np.stack(way)
-
 
 def build_operator(
     neighbors: Neighbors, batch_n: np.ndarray, theta: float, kernel_neighbor: int, folder: Path | None = None

@@ -53,7 +53,6 @@ def _follow(indices_nk: np.ndarray, weights_nk: np.ndarray, draw_sm: np.ndarray,
             for walk in range(first, last):  # rows lie anywhere: ask the memory for many before waiting for one
                 here = path_sm[step, walk]
                 touched += weights_nk[here, 0] + weights_nk[here, k // 2] + weights_nk[here, k - 1]
-                touched += indices_nk[here, 0] + indices_nk[here, k // 2] + indices_nk[here, k - 1]
             for walk in range(first, last):
                 here, total, passed = path_sm[step, walk], 0.0, 0
                 for column in range(k):
@@ -62,5 +61,9 @@ def _follow(indices_nk: np.ndarray, weights_nk: np.ndarray, draw_sm: np.ndarray,
                 limit = draw_sm[step, walk] * total
                 for column in range(k - 1):
                     passed += cumulative[column] <= limit
-                path_sm[step + 1, walk] = indices_nk[here, passed]
+                path_sm[step + 1, walk] = passed
+            for walk in range(first, last):  # of a row's indices one is needed, which lies in one line of the memory
+                touched += indices_nk[path_sm[step, walk], path_sm[step + 1, walk]]
+            for walk in range(first, last):
+                path_sm[step + 1, walk] = indices_nk[path_sm[step, walk], path_sm[step + 1, walk]]
     return touched

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
-from scipy.stats import chisquare
 
 from schelix_scale.graph.knn import Neighbors, find_neighbors
 from schelix_scale.graph.operator import Operator, blend, build_operator, jaccard
@@ -100,29 +99,6 @@ def test_rows_sum_to_one(seed: int, n: int, k: int, n_batches: int, theta: float
 def test_block_is_those_rows() -> None:
     operator = random_operator(30, 4, 0)
     np.testing.assert_allclose(operator.block(slice(7, 19)).toarray(), dense(operator)[7:19], atol=1e-7)
-
-
-@pytest.mark.parametrize("steps", [1, 2])
-def test_walk_ends_as_the_powers_of_p_say(steps: int) -> None:
-    operator = random_operator(12, 3, 1)
-    expected = np.linalg.matrix_power(dense(operator), steps)
-    draws = 40_000
-    for start in (0, 5):
-        ends = operator.walk(np.full(draws, start), steps, np.random.default_rng([start, steps]))
-        counts = np.bincount(ends, minlength=12)
-        possible = expected[start] > 0
-        assert not counts[~possible].any()
-        share = expected[start][possible] / expected[start].sum()
-        assert chisquare(counts[possible], draws * share).pvalue > 1e-3
-
-
-def test_walk_is_a_function_of_its_generator() -> None:
-    operator = random_operator(50, 5, 2)
-    rows = np.arange(50)
-    one, two, other = (operator.walk(rows, 2, np.random.default_rng(seed)) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(one, two)
-    assert (one != other).any()
-    np.testing.assert_array_equal(operator.walk(rows, 0, np.random.default_rng(0)), rows)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 0.5, 1.0])

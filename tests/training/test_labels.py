@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from schelix_scale.stores.known_labels import UNKNOWN
 from schelix_scale.training.labels import Labels
+from schelix_scale.training.walks import walk
 from tests.training.tools import neighbours
 
 LABEL = np.array([0, 0, 0, 0, 1, 1, UNKNOWN, 2, UNKNOWN, 0, 1, 2])
@@ -73,6 +74,6 @@ def test_labels_met_by_walks_are_label_propagation() -> None:
     labels = Labels.arrange(label, np.zeros(40, int))
     start = np.flatnonzero(~known)[:5]
     for cell, expected in zip(start, harmonic, strict=False):
-        path = operator.path(np.full(4_000, cell), 300, rng)
+        path = walk(operator, np.full(4_000, cell), rng.random((300, 4_000)))
         found = label[labels.redirect(path, 1.0, rng.random((3, 4_000)))]
         np.testing.assert_allclose([np.mean(found == 0), np.mean(found == 1)], expected, atol=0.035)
