@@ -54,7 +54,7 @@ class Batches:
         rng, mine = np.random.default_rng(seed), self.mine(rows)
         steps = self.reach if self.phase == REFINE else WALK_STEPS
         draw_sm, operator = rng.random((steps, len(rows))), self.features.operator
-        path = walk(operator, rows[mine], draw_sm[:, mine])
+        path = walk(operator, rows[mine], draw_sm.take(mine, axis=1))
         ends = path[-1]
         if self.phase == REFINE and self.labels is not None:
             ends = self.labels.redirect(path, self.label_share, rng.random((3, len(rows)))[:, mine])
