@@ -37,6 +37,7 @@ from _mapping_report import Row, read_rows, table, update_readme, write_rows
 from _mapping_scores import label_scores, novelty_auroc, overlap
 
 HERE = ROOT / "benchmarks"
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # numba sets the threads of OpenMP, and so of torch
 sys.path.append(str(ROOT))
 
 
@@ -181,7 +182,7 @@ def attempt(job: Job, work: Path, one_thread: bool = False) -> dict[str, Any] | 
             [sys.executable, str(HERE / "_mapping_worker.py"), str(work)],
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": path, **({"OMP_NUM_THREADS": "1"} if one_thread else {})},
+            env={**os.environ, "PYTHONPATH": path, **(ONE_THREAD if one_thread else {})},
         )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

@@ -14,6 +14,7 @@ from schelix_scale.locking import LOCK_NAME
 from schelix_scale.publish import checksum, partial_path, remove, size_of
 
 FORMAT = 1
+START = "start.pt"  # the weights from which a finished run is trained on
 AGAIN = "Run the same `schelix integrate` command again"
 
 
@@ -21,6 +22,14 @@ def again(source: Mapping[str, Any]) -> str:
     """Return what to do about a run of these cells, by the verb that makes it."""
     verb = "map" if "mapped_onto" in source else "extend" if "extends" in source else "integrate"
     return f"Run the same `schelix {verb}` command again"
+
+
+def unfinished(root: Path, source: Mapping[str, Any]) -> str:
+    """Return that a run is not finished, and what to do: one that is being trained on is not made again."""
+    advice = again(source)
+    if (root / START).exists():
+        advice = f"Run `schelix embed {root}`, after `schelix train {root} --continue` if that was interrupted,"
+    return f"the run {root} is not finished: it has no manifest.json. {advice} to finish it."
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from schelix_scale.records import (
     recorded_stages,
     refuse_foreign,
     refuse_other,
+    unfinished,
 )
 
 
@@ -104,8 +105,7 @@ class RunDirectory:
             raise RunError(f"{root} is not a run: it has no run.json. Give the directory that -o named.")
         header = read_header(root)
         if finished and not (root / "manifest.json").is_file():
-            advice = again(header["source"])
-            raise RunError(f"the run {root} is not finished: it has no manifest.json. {advice} to finish it.")
+            raise RunError(unfinished(root, header["source"]))
         try:
             config = Config.model_validate(header["config"])
         except ValueError as error:
@@ -249,7 +249,7 @@ class RunDirectory:
         problems: list[str] = []
         listed: dict[str, Any] | None = None
         if not (self.path / "manifest.json").is_file():
-            problems.append(f"the run {self.path} is not finished: it has no manifest.json. {self.again} to finish it.")
+            problems.append(unfinished(self.path, self.source))
         else:
             try:
                 listed = dict(read_json(self.path / "manifest.json")["stages"])

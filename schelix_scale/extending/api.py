@@ -21,11 +21,11 @@ from schelix_scale.mapping.query import Query, correct
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.progress import Reporter, RichReporter
 from schelix_scale.publish import remove
+from schelix_scale.records import START
 from schelix_scale.run import Run, RunDirectory
 from schelix_scale.stores import CellStore, Source
 from schelix_scale.stores.batches import Batches
 from schelix_scale.stores.joined import source_address
-from schelix_scale.training.warm import START
 
 LEAST = 2
 NOT_NEEDED = "novelty", "diffused"  # of a mapping: new cells are diffused among each other as well

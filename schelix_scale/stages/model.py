@@ -15,6 +15,7 @@ from schelix_scale.compute import resolve_device, torch_at_work
 from schelix_scale.config import WATCHING
 from schelix_scale.context import BATCH, ROW, Context, Make
 from schelix_scale.publish import checksum
+from schelix_scale.records import START
 from schelix_scale.run import RunDirectory
 from schelix_scale.stages.graph import open_cache
 
@@ -41,7 +42,7 @@ def train_model(context: Context, directory: RunDirectory) -> None:
     from schelix_scale.training.dist import ALONE
     from schelix_scale.training.loop import build_model, train, weights
     from schelix_scale.training.refresh import open_features
-    from schelix_scale.training.warm import START, choose_start
+    from schelix_scale.training.warm import choose_start
 
     settings, ranks = train_settings(context.config), context.ranks or ALONE
     shuffle = ranks.agree(_shuffle(context, settings))  # machines of other memory would mix rows otherwise

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from schelix_scale.errors import RunError, TrainingError
 from schelix_scale.publish import checksum
-from schelix_scale.records import recorded_stages
+from schelix_scale.records import START, recorded_stages
 from schelix_scale.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from schelix_scale.model.streams import DualStream
-
-START = "start.pt"
 
 
 def choose_start(

@@ -242,6 +242,11 @@ def test_a_run_that_was_trained_on_is_not_filled_with_what_the_old_model_makes(
     shutil.rmtree(out / "embedding.zarr")
     with pytest.raises(RunError, match=r"was trained on after it had been extended\. To finish it run `schelix embed"):
         extend(atlas.run, query_file, batch_key="batch", out=out, reporter=QuietReporter())
+    (out / "manifest.json").unlink(missing_ok=True)
+    with pytest.raises(RunError) as unfinished:
+        Run.open(out)
+    for says in (RunDirectory.open(out).verify()[0], str(unfinished.value)):
+        assert f"is not finished: it has no manifest.json. Run `schelix embed {out}`, after `schelix train" in says
     assert continue_run(out, "embed", reporter=QuietReporter()) is not None  # no training had begun: the old weights
     np.testing.assert_allclose(Run.open(out).embedding, extended.embedding, atol=1e-5)
 
