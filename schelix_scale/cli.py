@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -28,7 +29,14 @@ __all__ = ["app", "cli_map", "cli_run", "main"]
 
 def main() -> None:
     """Run the command line."""
-    app(prog_name="schelix")
+    try:
+        app(prog_name="schelix")
+    except SystemExit as end:
+        if end.code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from schelix_scale.training.dist import end_at_once
+
+            end_at_once(int(end.code))
+        raise
 
 
 @app.command(

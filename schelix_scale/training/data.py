@@ -40,6 +40,11 @@ class Cells:
     batch: Tensor
     values: tuple[Values, Values | None] | None = None
 
+    def part(self, span: slice) -> Cells:
+        """Return a view of some of the cells, which have no expression."""
+        assert self.values is None
+        return Cells(self.anchor[span], self.variant[span], self.batch[span])
+
     def through(self, loadings: Loadings | None) -> Cells:
         """Return the cells with hop 0 moved by learned loadings, with their gradient; as they are if frozen."""
         if loadings is None or self.values is None:

@@ -7,6 +7,7 @@ same order.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -236,3 +237,14 @@ _ENVIRONMENT = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL
 def follows() -> bool:
     """Whether torchrun has started this process as another rank than the main one."""
     return os.environ.get("RANK", "0") != "0"
+
+
+def end_at_once(code: int) -> None:
+    """End this process as a rank that has failed, with what it has said written.
+
+    The threads of gloo cannot be joined while other ranks wait: left to the interpreter's end they abort the process
+    now and then, with words of their own.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

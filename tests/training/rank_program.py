@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,13 @@ from scipy import sparse
 
 from schelix_scale import embedding
 from schelix_scale.config import TrainConfig
-from schelix_scale.errors import GraphError, TrainingError
+from schelix_scale.errors import GraphError, SchelixError, TrainingError
 from schelix_scale.model.loadings import Loadings
 from schelix_scale.model.streams import DualStream
 from schelix_scale.stores.known_labels import UNKNOWN
 from schelix_scale.training.batches import Batches
 from schelix_scale.training.data import CachedFeatures, Cells
-from schelix_scale.training.dist import Ranks, joined
+from schelix_scale.training.dist import Ranks, end_at_once, joined
 from schelix_scale.training.expression import Expressed
 from schelix_scale.training.labels import Labels
 from schelix_scale.training.loop import build_model, train
@@ -196,4 +197,8 @@ def _leave(folder: Path, ranks: Ranks, error: TrainingError) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     settings = TrainConfig.model_validate_json(sys.argv[6])
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), settings)
+    try:
+        main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), settings)
+    except SchelixError:
+        traceback.print_exc()
+        end_at_once(1)
