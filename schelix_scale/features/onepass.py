@@ -77,9 +77,12 @@ class _Shared:
     threads: int
 
 
-def block_size(store: CellStore, budget: int, workers: int) -> int:
-    """Cells a block, so that all workers together stay within the budget (bytes)."""
-    limit = MAX_BLOCK * (SCAN_FACTOR if store.row_access == "scan" else 1)
+def block_size(store: CellStore, budget: int, workers: int, most: int = MAX_BLOCK) -> int:
+    """Cells a block, so that all workers together stay within the budget (bytes); no more than ``most``.
+
+    A store that is scanned for rows is read in larger blocks.
+    """
+    limit = most * (SCAN_FACTOR if store.row_access == "scan" else 1)
     return int(np.clip(budget / (workers * bytes_per_cell(store)), MIN_BLOCK, limit))
 
 

@@ -30,6 +30,7 @@ from schelix_scale.scheduling import run_tasks
 from schelix_scale.stores.checks import check_block
 from schelix_scale.stores.values import ValueKind, decide_values
 
+BLOCK_CELLS = 4_096  # that are projected at once: more take memory and no less time
 RUNS, RUN_CELLS = 16, 125  # consecutive cells: a store reads them in few chunks
 OF_BATCH = 20
 KNOWN = "measured"  # beside the components: which cells have any value of a gene that the reference has too
@@ -95,7 +96,7 @@ def project(query: Query) -> StageRecord:
                 create_array(path, (n, dims[name.partition("_")[0]]), "float32")
             targets[KNOWN] = published.enter_context(query.directory.publish(MEASURED))
             create_array(targets[KNOWN], (n,), "bool")
-            size = block_size(store, int(PASS_SHARE * query.budget), query.threads)
+            size = block_size(store, int(PASS_SHARE * query.budget), query.threads, BLOCK_CELLS)
 
             def task(span: tuple[int, int]) -> int:
                 rows = np.arange(*span)
