@@ -87,5 +87,6 @@ def test_block_size_follows_the_budget(cells: Synthetic) -> None:
     per_cell = store.nonzeros_per_cell * 40
     assert block_size(store, int(2 * 1_000 * per_cell) + 1, workers=2) == 1_000
     assert block_size(store, 10**15, workers=2) == MAX_BLOCK
+    assert block_size(store, 10**15, workers=2, most=1_234) == 1_234
     store.row_access = "scan"
     assert block_size(store, 10**15, workers=2) > MAX_BLOCK

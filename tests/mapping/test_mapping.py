@@ -11,6 +11,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from schelix_scale import Reference, Run, map_cells
 from schelix_scale.errors import ConfigError, DataError, RunError
+from schelix_scale.features import onepass
 from schelix_scale.mapping import columns, encode, project
 from schelix_scale.mapping import query as query_stages
 from schelix_scale.mapping.api import Mapped
@@ -84,8 +85,16 @@ def test_order_blocks_and_other_batches_do_not_matter(
     monkeypatch.setattr(encode, "BLOCK", 37)
     monkeypatch.setattr(columns, "BLOCK", 37)
     monkeypatch.setattr(query_stages, "QUERY_BLOCK", 41)
-    monkeypatch.setattr(project, "block_size", lambda *_: 29)
+    written: list[int] = []
+
+    def write_rows(path: Path, start: int, values: np.ndarray) -> None:
+        written.append(len(values))
+        onepass.write_rows(path, start, values)
+
+    monkeypatch.setattr(project, "BLOCK_CELLS", 29)  # whatever the memory budget has room for
+    monkeypatch.setattr(project, "write_rows", write_rows)
     again = reference.map(both[order].copy(), batch_key="batch", label_key=["cell_type", "side"])
+    assert max(written) == 29
     rows = again.adata.obs_names.get_indexer(mapped.adata.obs_names)
     close(again.embedding[rows], mapped.embedding)
     for name in ("schelix_cell_type", "schelix_cell_type_set"):
