@@ -32,10 +32,10 @@ def main() -> None:
     try:
         app(prog_name="schelix")
     except SystemExit as end:
-        if end.code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from schelix_scale.training.dist import end_at_once
 
-            end_at_once(int(end.code))
+            end_at_once(int(end.code or 0))
         raise
 
 

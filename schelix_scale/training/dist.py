@@ -240,10 +240,10 @@ def follows() -> bool:
 
 
 def end_at_once(code: int) -> None:
-    """End this process as a rank that has failed, with what it has said written.
+    """End this process, one of several ranks, with what it has said written.
 
-    The threads of gloo cannot be joined while other ranks wait: left to the interpreter's end they abort the process
-    now and then, with words of their own.
+    Threads of gloo may still hold what they worked on, or wait for other ranks: left to the interpreter's end they
+    abort the process now and then, also one that has done all it should.
     """
     sys.stdout.flush()
     sys.stderr.flush()

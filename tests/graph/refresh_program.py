@@ -19,7 +19,7 @@ from schelix_scale.graph.knn import Neighbors
 from schelix_scale.progress import QuietReporter
 from schelix_scale.publish import checksum
 from schelix_scale.training.data import CachedFeatures
-from schelix_scale.training.dist import joined
+from schelix_scale.training.dist import end_at_once, joined
 from schelix_scale.training.loop import train
 from schelix_scale.training.refresh import Refresh, open_features
 from tests.training.tools import CONFIG, Cache, cached, stream_inputs, training_in
@@ -82,3 +82,4 @@ def hash_of(content: bytes) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(Path(sys.argv[1]))
+    end_at_once(0)

@@ -202,3 +202,4 @@ if __name__ == "__main__":
     except SchelixError:
         traceback.print_exc()
         end_at_once(1)
+    end_at_once(0)

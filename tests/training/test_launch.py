@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from torch.distributed.elastic.multiprocessing.api import _terminate_process_handler
@@ -56,3 +59,23 @@ def test_hangups_that_this_process_ignores_are_left_alone() -> None:
 def test_no_process_is_too_few() -> None:
     with pytest.raises(ConfigError, match="nproc = 0: at least one process is needed"):
         launch(0, [], QuietReporter())
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--mistyped", 2)])
+def test_a_rank_ends_at_once_with_its_words_written(argument: str, code: int) -> None:
+    """The interpreter does not take down what gloo's threads may still use; a process of its own it does."""
+    program = "import atexit; atexit.register(print, 'taken down'); from schelix_scale.cli import main; main()"
+    alone, rank = (
+        subprocess.run(
+            [sys.executable, "-c", program, argument],
+            env=os.environ | {"WORLD_SIZE": world},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for world in "12"
+    )
+    assert alone.returncode == rank.returncode == code
+    assert alone.stderr == rank.stderr
+    assert alone.stdout == rank.stdout + "taken down\n"
+    assert "schelix" in rank.stdout + rank.stderr
