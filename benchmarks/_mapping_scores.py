@@ -41,6 +41,12 @@ def novelty_auroc(answer: Mapping[str, np.ndarray], novel: np.ndarray) -> float:
     return float(roc_auc_score(novel, answer["novelty"]))
 
 
+def unknown_shares(answer: Mapping[str, np.ndarray], novel: np.ndarray) -> dict[str, float]:
+    """How many cells of a type that the reference lacks are called ``unknown``, and how many of the others."""
+    unknown = answer["label"] == "unknown"
+    return {"unknown_novel": float(unknown[novel].mean()), "unknown_others": float(unknown[~novel].mean())}
+
+
 def overlap(
     z_joint: np.ndarray, z_reference: np.ndarray, z_query: np.ndarray, reference: np.ndarray, query: np.ndarray
 ) -> float:

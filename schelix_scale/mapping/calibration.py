@@ -16,6 +16,7 @@ from schelix_scale.errors import DataError
 from schelix_scale.graph.nearest import nearest_in_blocks
 from schelix_scale.graph.vectors import row_blocks, unit_rows
 from schelix_scale.mapping.correction import fit_batch, shifted
+from schelix_scale.mapping.kin import POOL, SIZES, KinScores, Pool
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.scheduling import run_tasks
@@ -32,7 +33,35 @@ EXACT_BELOW = 60_000
 WIDER = 6
 FIT_CELLS = 2_000
 LEAST = 20
+LEAST_OF_BATCH = 400  # held-out cells, if it has them: kin among fewer are not alike
+KIN_COUNTS = 5.0  # how many times less a p-value can be for what kin says
 ENOUGH = 100  # cells from which on a batch has its full weight
+
+
+@dataclass(frozen=True)
+class KinCalibration:
+    """Of the novelty of cells and their kin: a calibration for each of `kin.SIZES`, the first one of cells alone."""
+
+    sizes: tuple[NoveltyCalibration, ...]
+
+    @classmethod
+    def fit(cls, scores_zs: np.ndarray, batch_s: np.ndarray) -> KinCalibration:
+        """Calibrate on held-out cells of batches, with a mean score for each size."""
+        weights = batch_weights(batch_s, ENOUGH)
+        return cls(tuple(NoveltyCalibration.fit(scores_s, weights) for scores_s in scores_zs))
+
+    def p_values(self, scores: KinScores) -> np.ndarray:
+        """P-values (m,) of cells' own scores, up to five times less where their kin's are less.
+
+        So what kin says alone finds nothing novel: types can be off in a batch, too, and held-out batches are too few
+        to tell how far.
+        """
+        own = self.sizes[0].p_values(scores.own)
+        kin = np.empty(len(own))
+        for size in np.unique(scores.size):
+            mine = scores.size == size
+            kin[mine] = self.sizes[size].p_values(scores.above[mine])
+        return np.clip(kin, own / KIN_COUNTS, own)
 
 
 @dataclass(frozen=True)
@@ -45,17 +74,21 @@ class Calibration:
         Of held-out cells whose labels other batches have too, and of all held-out cells.
     labels
         One a column.
+    pool
+        Cells of a batch among which its cells have their kin: as many of a new batch as of a held-out one.
     """
 
-    novelty: NoveltyCalibration
-    unlabelled: NoveltyCalibration
+    novelty: KinCalibration
+    unlabelled: KinCalibration
     labels: tuple[LabelCalibration, ...]
+    pool: int
 
     def save(self, path: Path) -> None:
         """Write all arrays to an .npz file."""
-        arrays: dict[str, np.ndarray] = {}
-        for name, part in (("novelty", self.novelty), ("unlabelled", self.unlabelled)):
-            arrays |= {name: part.scores_s, f"{name}_weight": part.weight_s}
+        arrays: dict[str, np.ndarray] = {"pool": np.array(self.pool)}
+        for name, both in (("novelty", self.novelty), ("unlabelled", self.unlabelled)):
+            for size, part in enumerate(both.sizes):
+                arrays |= {f"{name}_{size}": part.scores_s, f"{name}_{size}_weight": part.weight_s}
         for place, label in enumerate(self.labels):
             arrays |= {f"scores_{place}": label.scores_s, f"weight_{place}": label.weight_s}
             arrays[f"sharpening_{place}"] = np.array([label.temperature, label.floor])
@@ -76,19 +109,26 @@ class Calibration:
                 for i in range(count)
             )
             novelty, unlabelled = (
-                NoveltyCalibration(file[name], file[f"{name}_weight"]) for name in ("novelty", "unlabelled")
+                KinCalibration(
+                    tuple(
+                        NoveltyCalibration(file[f"{name}_{size}"], file[f"{name}_{size}_weight"])
+                        for size in range(len(SIZES))
+                    )
+                )
+                for name in ("novelty", "unlabelled")
             )
-            return cls(novelty, unlabelled, labels)
+            return cls(novelty, unlabelled, labels, int(file["pool"]))
 
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """Held-out cells (s,): their rows, neighbours in other batches, and novelty scores."""
+    """Held-out cells (s,): rows, neighbours in other batches, novelty (5, s) by size of kin; how large a pool is."""
 
     rows: np.ndarray
     indices: np.ndarray
     distances: np.ndarray
     scores: np.ndarray
+    pool: int
 
 
 def calibrate(
@@ -126,9 +166,9 @@ def calibrate(
         fitted.append(LabelCalibration.fit(votes, true_s[chosen], batch_weights(batch, ENOUGH), batch))
     if not seen_s.any():
         seen_s[:] = True
-    novelty = NoveltyCalibration.fit(held_out.scores[seen_s], batch_weights(batch_s[seen_s], ENOUGH))
-    unlabelled = NoveltyCalibration.fit(held_out.scores, batch_weights(batch_s, ENOUGH))
-    return Calibration(novelty, unlabelled, tuple(fitted))
+    novelty = KinCalibration.fit(held_out.scores[:, seen_s], batch_s[seen_s])
+    unlabelled = KinCalibration.fit(held_out.scores, batch_s)
+    return Calibration(novelty, unlabelled, tuple(fitted), held_out.pool)
 
 
 def hold_out(
@@ -146,7 +186,7 @@ def hold_out(
     if len(batches) > settings.calibration_batches:
         drawn = np.sort(rng.choice(len(batches), settings.calibration_batches, replace=False))
         batches, sizes = batches[drawn], sizes[drawn]
-    share = max(1, settings.calibration_cells // len(batches))
+    share = max(LEAST_OF_BATCH, settings.calibration_cells // len(batches))
     chosen: list[tuple[np.ndarray, np.ndarray]] = []
     for batch, size in zip(batches.tolist(), sizes, strict=True):
         cells = np.flatnonzero(frozen.batch_n == batch)
@@ -168,8 +208,18 @@ def hold_out(
         )
     rows, corrected = np.concatenate([rows for _, rows in chosen]), np.concatenate(moved)
     indices, distances = _neighbors_elsewhere(frozen, corrected, frozen.batch_n[rows], threads)
-    scores = frozen.novelty(np.asarray(frozen.raw_na[rows]), corrected, distances)
-    return _HeldOut(rows, indices, distances, scores)
+    pool = min(share, POOL)
+    raw, batch = np.asarray(frozen.raw_na[rows]), frozen.batch_n[rows]
+    own = frozen.novelty(raw, corrected, distances)
+    scores = np.empty((len(SIZES), len(rows)))
+    for code in np.unique(batch):
+        mine = np.flatnonzero(batch == code)
+        kin = np.sort(rng.choice(mine, min(pool, len(mine)), replace=False))
+        among = Pool.of_cells(rows[kin], raw[kin], own[kin])
+        for size in range(len(SIZES)):
+            mean = among.mean_scores(rows[mine], raw[mine], own[mine], size)
+            scores[size, mine] = among.above(mean, size)
+    return _HeldOut(rows, indices, distances, scores, pool)
 
 
 def _corrected(frozen: Frozen, fit: np.ndarray, rows: np.ndarray) -> np.ndarray:

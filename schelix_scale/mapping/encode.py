@@ -25,8 +25,20 @@ from schelix_scale.mapping.columns import (
     query_obs,
 )
 from schelix_scale.mapping.diffusion import query_weights
+from schelix_scale.mapping.kin import KinScores, Pool
 from schelix_scale.mapping.novelty import NEIGHBORS
-from schelix_scale.mapping.query import BLOCK, CORRECTED, DISTANCES, INDICES, MEASURED, MOVES, RAW, STREAMS, Query
+from schelix_scale.mapping.query import (
+    BLOCK,
+    CORRECTED,
+    DISTANCES,
+    INDICES,
+    MEASURED,
+    MOVES,
+    RAW,
+    STREAMS,
+    Query,
+    content_order,
+)
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.records import StageRecord
 from schelix_scale.scheduling import run_tasks
@@ -42,7 +54,7 @@ CALIBRATION, MAPPED = "calibration.npz", "mapped.zarr"
 def find_calibration(query: Query, labels: Sequence[Labels], known: Calibration | None) -> tuple[Calibration, Any]:
     """Calibrate on held-out batches of the reference, or take what is ``known``, and keep it in the directory."""
     settings = query.settings
-    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 3}
+    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 4}
     inputs |= {"cells": settings.calibration_cells, "batches": settings.calibration_batches}
 
     def make() -> tuple[list[str], dict[str, Any]]:
@@ -52,15 +64,16 @@ def find_calibration(query: Query, labels: Sequence[Labels], known: Calibration 
                 found = calibrate(query.frozen, labels, settings, query.threads, progress.advance)
         with query.directory.publish(CALIBRATION) as path:
             found.save(path)
-        details = {"held_out_cells": len(found.novelty.scores_s)}
+        details = {"held_out_cells": len(found.novelty.sizes[0].scores_s)}
         fits = zip(labels, found.labels, strict=True)
         return [CALIBRATION], details | {column.key: {"temperature": fit.temperature} for column, fit in fits}
 
     record = query.stage("calibrate", inputs, [], make)
     calibration = Calibration.load(query.directory.path / CALIBRATION)
-    if calibration.novelty.least > settings.novelty > 0:
+    least = calibration.novelty.sizes[0].least
+    if least > settings.novelty > 0:
         query.reporter.warn(
-            f"the held-out cells of the reference tell p-values of {calibration.novelty.least:.2g} and above: no cell "
+            f"the held-out cells of the reference tell p-values of {least:.2g} and above: no cell "
             f"is found novel at {settings.novelty:g}. Raise novelty (--set novelty=) or calibration_cells"
         )
     return calibration, record
@@ -74,19 +87,18 @@ class Encoded:
     ----------
     latents
         (m, d) float32 by obsm key.
-    novelty, p_value, distance
+    p_value, distance
         (m,).
     """
 
     latents: dict[str, np.ndarray]
-    novelty: np.ndarray
     p_value: np.ndarray
     distance: np.ndarray
 
 
 def encode_cells(
     frozen: Frozen,
-    raw_ma: np.ndarray,
+    novelty: KinScores,
     features: Sequence[np.ndarray],
     moves: Sequence[np.ndarray] | None,
     indices_mk: np.ndarray,
@@ -102,8 +114,8 @@ def encode_cells(
 
     Parameters
     ----------
-    raw_ma
-        (m, a) uncorrected Anchor components.
+    novelty
+        How novel they are.
     features
         (m, a) and (m, v) corrected components.
     moves
@@ -114,9 +126,8 @@ def encode_cells(
     width_mk = frozen.widths(indices_mk)
     settings = graph_settings(frozen.config)
     weights = query_weights(distances_mk, width_mk, frozen.batch_n[indices_mk], frozen.theta, settings.kernel_neighbor)
-    score = frozen.novelty(raw_ma, features[0], distances_mk)
-    p_value = calibration.novelty.p_values(score)
-    without_labels = calibration.unlabelled.p_values(score)
+    p_value = calibration.novelty.p_values(novelty)
+    without_labels = calibration.unlabelled.p_values(novelty)
     kept = np.minimum(1.0, without_labels / level) if level > 0 else np.ones(len(p_value))
     diffused = [
         levels.diffuse(indices_mk, weights, own, settings.hops, kept)
@@ -125,7 +136,7 @@ def encode_cells(
     if moves is not None:
         for hops, move in zip(diffused, moves, strict=True):
             hops[:, 0] += move
-    return Encoded(latents(frozen, diffused), score, p_value, distances_mk[:, :NEIGHBORS].mean(axis=1))
+    return Encoded(latents(frozen, diffused), p_value, distances_mk[:, :NEIGHBORS].mean(axis=1))
 
 
 def latents(frozen: Frozen, diffused: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
@@ -161,7 +172,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
     """Write mapped.zarr: obs with labels and novelty, and the latents."""
     frozen, settings, n = query.frozen, query.settings, query.store.n_cells
     inputs = {"labels": [column.key for column in labels], "coverage": settings.coverage, "novelty": settings.novelty}
-    inputs |= {"obs": query.store.obs_fingerprint(), "version": 3}
+    inputs |= {"obs": query.store.obs_fingerprint(), "version": 4}
 
     def make() -> tuple[list[str], dict[str, Any]]:
         raw = query.load(RAW.format("anchor"))
@@ -171,6 +182,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
         indices, distances, measured = query.load(INDICES), query.load(DISTANCES), query.load(MEASURED)
         found = {name: np.zeros(n, np.float32) for name in (NOVELTY, P_VALUE, DISTANCE)}
         columns = [LabelColumns(column, n) for column in labels]
+        pools = find_pools(query, calibration.pool)
         with query.directory.publish(MAPPED) as path, query.reporter.stage("map", n) as progress:
             widths = {key: part.shape[1] for key, part in _probe(frozen).items()}
             arrays = create_mapped(path, n, widths)
@@ -180,12 +192,13 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
                 near, far = np.asarray(indices[rows]), np.asarray(distances[rows])
                 moved = None if moves is None else [np.asarray(part[rows]) for part in moves]
                 own = [np.asarray(part[rows]) for part in features]
-                got = encode_cells(frozen, np.asarray(raw[rows]), own, moved, near, far, calibration, settings.novelty)
+                score = score_cells(frozen, pools, query.batches.codes[rows], np.arange(*span), raw[rows], own[0], far)
+                got = encode_cells(frozen, score, own, moved, near, far, calibration, settings.novelty)
                 for key, latent in got.latents.items():
                     arrays[key][rows] = latent
                 seen = np.asarray(measured[rows])
                 p_value = np.where(seen, got.p_value, 1.0)  # of a cell without any gene nothing speaks for novelty
-                for name, values in zip(found, (got.novelty, p_value, got.distance), strict=True):
+                for name, values in zip(found, (score.mean, p_value, got.distance), strict=True):
                     found[name][rows] = values
                 novel = p_value <= settings.novelty
                 for column, fit in zip(columns, calibration.labels, strict=True):
@@ -205,6 +218,39 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
         return [MAPPED], {"dims": widths, "labels": [column.key for column in labels], "novel_share": round(novel, 6)}
 
     return query.stage("map", inputs, ["neighbors", "calibrate"], make)
+
+
+def find_pools(query: Query, most: int) -> list[Pool]:
+    """Draw the cells, ``most`` of each batch, among which its cells have their kin; none that has no gene."""
+    raw, corrected = query.load(RAW.format("anchor")), query.load(CORRECTED.format("anchor"))
+    distances, measured = query.load(DISTANCES), query.load(MEASURED)
+    order, codes = content_order(query.frozen, raw), query.batches.codes
+    pools: list[Pool | None] = [None] * len(query.batches.names)
+
+    def find(code: int) -> int:
+        rows = np.flatnonzero((codes == code) & measured)
+        rows = np.sort(rows[np.argsort(order[rows], kind="stable")[:most]])
+        anchor = np.asarray(raw[rows])
+        pools[code] = Pool.of_cells(rows, anchor, query.frozen.novelty(anchor, corrected[rows], distances[rows]))
+        return len(rows)
+
+    run_tasks(find, range(len(pools)), query.threads)
+    return [pool for pool in pools if pool is not None]
+
+
+def score_cells(
+    frozen: Frozen,
+    pools: Sequence[Pool],
+    batch_m: np.ndarray,
+    rows: np.ndarray,
+    raw_ma: np.ndarray,
+    corrected_ma: np.ndarray,
+    distances_mk: np.ndarray,
+) -> KinScores:
+    """Score how novel the cells ``rows`` are."""
+    raw_ma = np.asarray(raw_ma)
+    own = frozen.novelty(raw_ma, corrected_ma, distances_mk)
+    return KinScores.of_cells(pools, batch_m, rows, raw_ma, own)
 
 
 def _probe(frozen: Frozen) -> dict[str, np.ndarray]:

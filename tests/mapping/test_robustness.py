@@ -12,7 +12,7 @@ from scipy import sparse
 
 from schelix_scale import Reference, extend, open_store
 from schelix_scale.errors import DataError, RunError
-from schelix_scale.mapping.calibration import Calibration, hold_out
+from schelix_scale.mapping.calibration import Calibration, KinCalibration, hold_out
 from schelix_scale.mapping.columns import LabelColumns, check_keys
 from schelix_scale.mapping.correction import fit_batch
 from schelix_scale.mapping.genes import match_genes
@@ -168,11 +168,15 @@ def test_held_out_cells_have_no_neighbour_of_their_batch(reference: Reference) -
 
 
 def test_a_calibration_is_kept_as_it_is(tmp_path: Path) -> None:
-    parts = [NoveltyCalibration(np.arange(3.0) + i, np.full(3, 1 / 3)) for i in range(2)]
+    parts = [NoveltyCalibration(np.arange(3.0) + i, np.array([0.5, 0.3, 0.2])) for i in range(10)]
     label = LabelCalibration(1.5, 0.02, np.arange(4.0), np.full(4, 0.25))
-    Calibration(parts[0], parts[1], (label,)).save(tmp_path / "c.npz")
+    novelty, unlabelled = KinCalibration(tuple(parts[:5])), KinCalibration(tuple(parts[5:]))
+    Calibration(novelty, unlabelled, (label,), 123).save(tmp_path / "c.npz")
     again = Calibration.load(tmp_path / "c.npz")
-    np.testing.assert_array_equal(again.unlabelled.scores_s, parts[1].scores_s)
+    for one, other in zip(again.novelty.sizes + again.unlabelled.sizes, parts, strict=True):
+        np.testing.assert_array_equal(one.scores_s, other.scores_s)
+        np.testing.assert_array_equal(one.weight_s, other.weight_s)
+    assert again.pool == 123
     assert (again.labels[0].temperature, again.labels[0].floor) == (1.5, 0.02)
 
 
