@@ -12,7 +12,7 @@ import numpy as np
 from schelix_scale.compute import reused_memory
 from schelix_scale.config import GraphConfig
 from schelix_scale.graph.audit import Audit, audit_recall, require_recall
-from schelix_scale.graph.descent import PROBES, descend, in_cell_order
+from schelix_scale.graph.descent import PROBES
 from schelix_scale.graph.found import FoundFiles
 from schelix_scale.graph.knn import Neighbors, choose_method, find_neighbors, require_cells
 from schelix_scale.graph.lists import CellIndex
@@ -24,6 +24,7 @@ from schelix_scale.graph.partitions import (
     require_room,
     search_partitions,
 )
+from schelix_scale.graph.rounds import descend, in_cell_order
 from schelix_scale.graph.scratch import DONE, FOUND, INDEX, claim, content_hash, search_version
 from schelix_scale.graph.search import SearchProcess
 from schelix_scale.graph.threads import one_thread_each
@@ -68,7 +69,7 @@ def build_neighbors(
     search
         A process in which pynndescent has compiled already; it is ended with the search.
     start
-        Writes neighbours to start from (`descent.start_from`), for the method ivf.
+        Writes neighbours to start from (`rounds.start_from`), for the method ivf.
 
     Returns
     -------
@@ -182,6 +183,7 @@ class _Builder:
                 self.scheduler,
                 self._by_pynndescent(attempt) if method == "pynndescent" else start,
                 PROBES * MORE_PROBES**attempt,
+                self.budget,
             )
             in_cell_order(index, files, number, out, self.threads)
             for array in out:

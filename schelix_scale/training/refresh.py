@@ -9,9 +9,9 @@ import torch
 
 from schelix_scale.config import TrainConfig
 from schelix_scale.graph.cache import OperatorCache, operator_id
-from schelix_scale.graph.descent import start_from
 from schelix_scale.graph.knn import choose_method
 from schelix_scale.graph.operator import blend, jaccard
+from schelix_scale.graph.rounds import start_from
 from schelix_scale.graph.scratch import content_hash
 from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.model.streams import DualStream, Latent

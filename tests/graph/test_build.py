@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from sklearn.neighbors import NearestNeighbors
 
 from schelix_scale.config import GraphConfig
 from schelix_scale.errors import GraphError
-from schelix_scale.graph import build, descent, found, lists
+from schelix_scale.graph import build, found, lists, rounds
 from schelix_scale.graph.build import TASK_BYTES, build_neighbors, tasks_at_once
-from schelix_scale.graph.descent import Expand, Probe, descend, start_from
+from schelix_scale.graph.descent import Expand, Probe
 from schelix_scale.graph.found import FoundFiles
 from schelix_scale.graph.knn import Neighbors
 from schelix_scale.graph.lists import CellIndex
 from schelix_scale.graph.partitions import Breadth
+from schelix_scale.graph.rounds import descend, start_from
 from schelix_scale.graph.vectors import cell_dtype
 from schelix_scale.progress import QuietReporter
 from tests.synthetic import gaussian_cells
@@ -87,19 +89,19 @@ def test_neither_threads_nor_an_interruption_matter(
 
     calls: list[int] = []
 
-    def interrupted(self: Expand, span: tuple[int, int]) -> int:
+    def interrupted(self: Expand, span: tuple[int, int], *maps: Any) -> int:
         calls.append(self.number)
-        done = original(self, span)
+        done = original(self, span, *maps)
         if calls.count(2) == 1:
             raise KeyboardInterrupt
         return done
 
-    original = Expand.__call__
-    monkeypatch.setattr(Expand, "__call__", interrupted)
+    original = Expand.search
+    monkeypatch.setattr(Expand, "search", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_neighbors(features_nd, tmp_path / "three", IVF, 0, 1, LOTS)
     assert set(calls) == {1, 2}
-    monkeypatch.setattr(Expand, "__call__", original)
+    monkeypatch.setattr(Expand, "search", original)
     reporter = QuietReporter()
     three, _ = build_neighbors(features_nd, tmp_path / "three", IVF, 0, 1, LOTS, reporter)
     assert any("goes on after round 1" in message for message in reporter.messages)
@@ -107,23 +109,45 @@ def test_neither_threads_nor_an_interruption_matter(
     np.testing.assert_array_equal(one.distances_nk, three.distances_nk)
 
 
-@pytest.mark.parametrize(("enough", "least_gain"), [(0.0, 0.0), (2.0, 2.0)], ids=["slow gain", "nothing left to widen"])
+@pytest.mark.parametrize(("enough", "least_gain"), [(0.0, 0.0), (2.0, 2.0)], ids=["enough", "nothing left to widen"])
 def test_a_search_that_ended_stays_ended(
     features_nd: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enough: float, least_gain: float
 ) -> None:
     """Killed before its result was written, it is not searched any further when it goes on."""
-    monkeypatch.setattr(descent, "SLOW_GAIN", 2.0)
-    monkeypatch.setattr(descent, "LEAST_GAIN", least_gain)
-    monkeypatch.setattr(descent, "EXPAND", K)
+    monkeypatch.setattr(rounds, "LEAST_GAIN", least_gain)
+    monkeypatch.setattr(rounds, "EXPAND", K)
     index = CellIndex.build(features_nd, tmp_path / "index", 0, 2)
     files, number = descend(index, K, tmp_path / "found", 0, 1.1, enough, 2, QuietReporter(), probes=2)
     assert number == 1
     before = np.array(files.neighbours(1)), np.array(files.scores(1))
-    monkeypatch.delattr(Expand, "__call__")
+    monkeypatch.delattr(Expand, "search")
     files, number = descend(index, K, tmp_path / "found", 0, 1.1, enough, 2, QuietReporter(), probes=2)
     assert number == 1
     for got, expected in zip((files.neighbours(1), files.scores(1)), before, strict=True):
         np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(("budget", "opened"), [(LOTS, 2), (0, 4)], ids=["room", "no room"])
+def test_maps_are_held_while_the_budget_has_room(
+    features_nd: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int, opened: int
+) -> None:
+    """Two tasks for the lists and two for the round open the index once each, or share it; both find the same."""
+    monkeypatch.setattr(found, "SPANS_A_TASK", 1)
+    index = CellIndex.build(features_nd, tmp_path / "index", 0, 2)
+    calls: list[Path] = []
+    original = CellIndex.open.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(
+        CellIndex, "open", classmethod(lambda cls, folder: calls.append(folder) or original(cls, folder))
+    )
+    files, number = descend(index, K, tmp_path / "found", 0, 1.1, 0.0, 2, QuietReporter(), probes=2, budget=budget)
+    assert (number, len(files.spans()), len(calls)) == (1, 2, opened)
+    for task in (Probe(index.folder, files, 2), Expand(index.folder, files, 1, rounds.EXPAND, probes=2)):
+        round_number = getattr(task, "number", 0)
+        before = np.array(files.neighbours(round_number))
+        files.neighbours(round_number, "r+")[:] = 0
+        for span in files.spans():
+            task(span)
+        np.testing.assert_array_equal(files.neighbours(round_number), before)
 
 
 def test_what_a_state_vouches_for_is_on_disk_before_it(
@@ -192,7 +216,7 @@ def test_a_low_recall_makes_the_search_go_wider(
     monkeypatch.setattr(build, "PROBES", 1)
     monkeypatch.setattr(build, "MORE_PROBES", 100)
     monkeypatch.setattr(lists, "MIN_CANDIDATES", 2 * K)
-    monkeypatch.setattr(descent, "MAX_ROUNDS", 0)
+    monkeypatch.setattr(rounds, "MAX_ROUNDS", 0)
     reporter = QuietReporter()
     _, audit = build_neighbors(features_nd, tmp_path / "wider", IVF, 0, 2, LOTS, reporter)
     assert audit.recall >= 0.95
@@ -231,8 +255,8 @@ def test_pynndescent_in_partitions(
     features_nd[5] = features_nd[6] + 0.01  # pynndescent puts a cell at the origin halfway between all others
     monkeypatch.setattr(module, "LEAST_CELLS", 100)
     monkeypatch.setattr(build, "breadths", lambda *_: [Breadth(K, 1, 800), Breadth(2 * K, 9, 2_500)])
-    monkeypatch.setattr(descent, "MAX_ROUNDS", 0)
-    monkeypatch.delattr(Probe, "__call__")  # what is called pynndescent was found by it
+    monkeypatch.setattr(rounds, "MAX_ROUNDS", 0)
+    monkeypatch.delattr(Probe, "search")  # what is called pynndescent was found by it
     reporter = QuietReporter()
     found, audit = build_neighbors(features_nd, tmp_path / "wider", config, 0, 2, LOTS, reporter)
     assert any("repeated more widely" in message for message in reporter.messages)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from schelix_scale.graph import descent
 from schelix_scale.graph.descent import Expand, Probe, better, merged
 from schelix_scale.graph.found import FoundFiles
 from schelix_scale.graph.lists import CellIndex
@@ -65,3 +66,35 @@ def test_lists_that_were_searched_are_left_out_without_loss(index: CellIndex, tm
         assert len(looked) == N - (np.diff(index.starts)[near].sum() if probes else 0)
     assert (found[0] != np.sort(FoundFiles(tmp_path / "0", N, K).neighbours(0), axis=1)).any()
     np.testing.assert_array_equal(*found)
+
+
+def test_a_second_round_leaves_lists_alone_in_which_the_first_found_little(
+    index: CellIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others get what they would get anyway; in a round of everything nothing is left alone."""
+    files = FoundFiles(tmp_path, N, K)
+    files.create()
+    Probe(index.folder, files, PROBES)((0, N))
+    Expand(index.folder, files, 1, K)((0, N))
+    list_n = np.repeat(np.arange(len(index.starts) - 1), np.diff(index.starts))
+    before, fresh = np.array(files.neighbours(1)), np.array(files.fresh(1))
+    share = np.bincount(list_n, fresh.mean(axis=1)) / np.maximum(np.bincount(list_n), 1)
+    limit = float(np.median(share[np.diff(index.starts) > 0]))
+    left_n = (share < limit)[list_n]
+    assert left_n.any()
+    assert fresh[left_n].any(), "left alone although something was found"
+    found = []
+    for least, everything in ((0.0, False), (limit, False), (0.0, True), (limit, True)):
+        monkeypatch.setattr(descent, "LEAST_FRESH", least)
+        Expand(index.folder, files, 2, K, everything)((0, N))
+        found.append((np.array(files.neighbours(2)), np.array(files.fresh(2))))
+    for full, partial, old in zip(found[0], found[1], (before, fresh), strict=True):
+        assert (full[left_n] != old[left_n]).any()
+        np.testing.assert_array_equal(partial[left_n], old[left_n])
+        np.testing.assert_array_equal(partial[~left_n], full[~left_n])
+    np.testing.assert_array_equal(found[2][0], found[3][0])
+    monkeypatch.setattr(descent, "LEAST_FRESH", 2 * limit)
+    files.neighbours(2, "r+")[:], files.fresh(2, "r+")[:], files.scores(2, "r+")[:] = 0, fresh, files.scores(1)
+    files.neighbours(2, "r+")[:] = before
+    Expand(index.folder, files, 3, K)((0, N))
+    np.testing.assert_array_equal(files.fresh(3)[left_n], fresh[left_n], "half the share in the next round")

@@ -1,0 +1,178 @@
+"""Rounds of a search: nearby lists, then neighbours of neighbours, until pilot cells have enough of their neighbours.
+
+The neighbours of a few pilot cells are also searched exactly. After the lists a round is made unless they found more
+than enough, since it brings much; further ones only until what was asked for is found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from schelix_scale.graph.descent import PROBES, Expand, Probe
+from schelix_scale.graph.found import SPAN, FoundFiles
+from schelix_scale.graph.lists import CellIndex
+from schelix_scale.graph.nearest import nearest_in_blocks
+from schelix_scale.graph.vectors import cell_dtype, forget, row_blocks, taken
+from schelix_scale.progress import Reporter
+from schelix_scale.publish import write_json
+from schelix_scale.scheduling import run_tasks
+
+EXPAND = 30  # neighbours of a cell whose neighbours are looked at
+MAX_ROUNDS, LEAST_GAIN = 12, 0.002
+PILOT_CELLS, PILOT_BLOCK = 600, 300  # and how many are searched in a task
+HELD_SHARE = 0.4  # of the budget, for maps that are held
+ROUNDING = 2e-6  # of a product of two rows, computed among others
+ORDERED = 100_000  # cells a task: their neighbours lie all over the files, which each task maps anew
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """Cells whose neighbours are known exactly.
+
+    Attributes
+    ----------
+    positions
+        (m,) where they are.
+    limit
+        (m,) cosine similarity of the k-th neighbour.
+    """
+
+    positions: np.ndarray
+    limit: np.ndarray
+
+    @classmethod
+    def search(cls, index: CellIndex, k: int, seed: int, workers: int) -> Pilot:
+        """Draw cells and search their neighbours exactly."""
+        n = index.n_cells
+        positions = np.sort(np.random.default_rng([seed, 0x9170]).choice(n, min(PILOT_CELLS, n), replace=False))
+        limit = np.empty(len(positions), np.float32)
+
+        def search(span: tuple[int, int]) -> int:
+            mine = positions[slice(*span)]
+            blocks = ((start, np.asarray(index.vectors_nd[start:stop])) for start, stop in row_blocks(n))
+            limit[slice(*span)] = 1 - nearest_in_blocks(index.vectors_nd[mine], blocks, k, mine)[1][:, -1]
+            return len(mine)
+
+        run_tasks(search, list(row_blocks(len(positions), PILOT_BLOCK)), workers)
+        return cls(positions, limit)
+
+    def recall(self, scores: np.ndarray) -> float:
+        """Return how many of the neighbours that were found, with these (n, k) scores, are exact ones."""
+        return float((scores[self.positions] >= self.limit[:, None] - ROUNDING).mean())
+
+
+def descend(
+    index: CellIndex,
+    k: int,
+    folder: Path,
+    seed: int,
+    aim: float,
+    enough: float,
+    workers: int,
+    reporter: Reporter,
+    scheduler: str | None = None,
+    start: Callable[[CellIndex, FoundFiles], None] | None = None,
+    probes: int = PROBES,
+    budget: int = 0,
+) -> tuple[FoundFiles, int]:
+    """Search the k nearest neighbours of all cells; go on where an interrupted search of the same folder stopped.
+
+    Parameters
+    ----------
+    aim
+        Recall of the pilot cells at which no round is made.
+    enough
+        Recall of the pilot cells at which no further round is made.
+    workers
+        Threads, without a cluster.
+    scheduler
+        A dask.distributed cluster, see `scheduling.run_tasks`.
+    start
+        Writes neighbours to start from as those of round 0; None to search nearby lists.
+    probes
+        How many lists are searched for each list at the start.
+    budget
+        Bytes of memory. If there is room, what all tasks of a round read stays mapped, and counts as memory, until its
+        end: to map it anew for each task takes a tenth of the time.
+
+    Returns
+    -------
+    The files of the search, and the number of its last round.
+    """
+    files, pilot = FoundFiles(folder, index.n_cells, k, scheduler is not None), Pilot.search(index, k, seed, workers)
+    path = folder / STATE
+    held = index.vectors_nd.itemsize * index.vectors_nd.shape[1] + k * (cell_dtype(index.n_cells).itemsize + 1)
+
+    def go(name: str, task: Probe | Expand) -> None:
+        with reporter.stage(name, index.n_cells) as progress:
+            if scheduler is None and files.n_cells * held <= HELD_SHARE * budget:
+                maps = task.maps()
+                run_tasks(lambda span: task.search(span, *maps), files.spans(), workers, None, progress.advance)
+            else:
+                run_tasks(task, files.spans(), workers, scheduler, progress.advance)
+
+    def keep(number: int, recall: float, expand: int, everything: bool, done: bool) -> None:
+        files.sync(number)
+        done = done or recall >= (enough if number else aim) or number >= MAX_ROUNDS
+        told = {"round": number, "recall": recall}
+        write_json(path, {**told, "expand": expand, "everything": everything, "done": done})
+
+    if path.exists():
+        state = json.loads(path.read_text())
+        if not state["done"]:
+            reporter.say(f"neighbour search goes on after round {state['round']} (recall {state['recall']:.3f})")
+    else:
+        files.create()
+        if start is None:
+            go("neighbours: nearby lists", Probe(index.folder, files, probes))
+        else:
+            start(index, files)
+        keep(0, pilot.recall(files.scores(0)), EXPAND, False, False)
+    while not (state := json.loads(path.read_text()))["done"]:
+        number, recall, expand = state["round"] + 1, state["recall"], state["expand"]
+        searched = 0 if start is not None else probes
+        task = Expand(index.folder, files, number, min(expand, k), state["everything"], searched)
+        go(f"neighbours: round {number} (recall {recall:.3f})", task)
+        now = pilot.recall(files.scores(number))
+        everything = now - recall < LEAST_GAIN
+        keep(number, now, expand * 2 if everything else expand, everything, everything and expand >= k)
+    return files, int(state["round"])
+
+
+def start_from(indices_nk: np.ndarray) -> Callable[[CellIndex, FoundFiles], None]:
+    """Return what starts a search from known neighbours, (n, k) row numbers, such as those of other features."""
+
+    def begin(index: CellIndex, files: FoundFiles) -> None:
+        neighbours, scores, fresh = files.neighbours(0, "r+"), files.scores(0, "r+"), files.fresh(0, "r+")
+        positions = index.positions()
+        for start, stop in row_blocks(index.n_cells, SPAN):
+            found = positions[taken(indices_nk, index.cells[start:stop])]
+            near = taken(index.vectors_nd, found)
+            values = np.einsum("qd,qkd->qk", index.vectors_nd[start:stop], near)
+            order = np.argsort(-values, axis=1, kind="stable")
+            neighbours[start:stop] = np.take_along_axis(found, order, axis=1)
+            scores[start:stop] = np.take_along_axis(values, order, axis=1)
+            fresh[start:stop] = True
+
+    return begin
+
+
+def in_cell_order(index: CellIndex, files: FoundFiles, number: int, out: Sequence[np.ndarray], workers: int) -> None:
+    """Write the neighbours of a round by row number into two (n, k) arrays: row numbers and cosine distances."""
+    indices, distances = out
+    positions, neighbours, scores = index.positions(), files.neighbours(number), files.scores(number)
+
+    def write(span: tuple[int, int]) -> int:
+        here = positions[slice(*span)]
+        indices[slice(*span)] = index.cells[taken(neighbours, here)]
+        distances[slice(*span)] = np.maximum(1 - taken(scores, here), 0)
+        forget(indices, distances, neighbours, scores)
+        return len(here)
+
+    run_tasks(write, list(row_blocks(index.n_cells, ORDERED)), workers)
