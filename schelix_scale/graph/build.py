@@ -183,7 +183,7 @@ class _Builder:
                 self.scheduler,
                 self._by_pynndescent(attempt) if method == "pynndescent" else start,
                 PROBES * MORE_PROBES**attempt,
-                self.budget,
+                self.budget if method == "ivf" else 0,  # beside the process of pynndescent nothing is held
             )
             in_cell_order(index, files, number, out, self.threads)
             for array in out:

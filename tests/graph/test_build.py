@@ -135,10 +135,13 @@ def test_maps_are_held_while_the_budget_has_room(
     monkeypatch.setattr(found, "SPANS_A_TASK", 1)
     index = CellIndex.build(features_nd, tmp_path / "index", 0, 2)
     calls: list[Path] = []
-    original = CellIndex.open.__func__  # type: ignore[attr-defined]
-    monkeypatch.setattr(
-        CellIndex, "open", classmethod(lambda cls, folder: calls.append(folder) or original(cls, folder))
-    )
+    original = CellIndex.open
+
+    def counted(folder: Path) -> CellIndex:
+        calls.append(folder)
+        return original(folder)
+
+    monkeypatch.setattr(CellIndex, "open", counted)
     files, number = descend(index, K, tmp_path / "found", 0, 1.1, 0.0, 2, QuietReporter(), probes=2, budget=budget)
     assert (number, len(files.spans()), len(calls)) == (1, 2, opened)
     for task in (Probe(index.folder, files, 2), Expand(index.folder, files, 1, rounds.EXPAND, probes=2)):

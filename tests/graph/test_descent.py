@@ -94,7 +94,8 @@ def test_a_second_round_leaves_lists_alone_in_which_the_first_found_little(
         np.testing.assert_array_equal(partial[~left_n], full[~left_n])
     np.testing.assert_array_equal(found[2][0], found[3][0])
     monkeypatch.setattr(descent, "LEAST_FRESH", 2 * limit)
-    files.neighbours(2, "r+")[:], files.fresh(2, "r+")[:], files.scores(2, "r+")[:] = 0, fresh, files.scores(1)
-    files.neighbours(2, "r+")[:] = before
-    Expand(index.folder, files, 3, K)((0, N))
-    np.testing.assert_array_equal(files.fresh(3)[left_n], fresh[left_n], "half the share in the next round")
+    for kind in (files.neighbours, files.fresh, files.scores):
+        kind(2, "r+")[:] = kind(1)
+    Expand(index.folder, files, 3, K)((0, N))  # of the same as round 2, and leaves the same alone: half the share
+    np.testing.assert_array_equal(files.neighbours(3), found[1][0])
+    np.testing.assert_array_equal(files.fresh(3), found[1][1])
