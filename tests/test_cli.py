@@ -1,21 +1,17 @@
+"""The command line: what the verbs do, print and explain."""
+
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import numpy as np
-import pandas as pd
 import pytest
-from scipy import sparse
 from typer.testing import CliRunner
 
 from schelix_scale import __version__
@@ -23,30 +19,9 @@ from schelix_scale.cli import app
 from schelix_scale.output import print_run
 from schelix_scale.run import Run
 
-PYTHON = [sys.executable, "-m", "schelix_scale"]
-FAST = ["genes.n_hvg=100", "graph.k=10", "train.align_steps=20", "train.refine_steps=20", "train.evaluate_every=10"]
+from .commands import cells, integrate, schelix
+
 VERBS = ["integrate", "prepare", "graph", "train", "embed", "inspect", "verify", "export", "demo"]
-
-
-def cells(n: int = 240, g: int = 120, seed: int = 0) -> ad.AnnData:
-    """Make counts of 3 types in 3 batches, each with genes of its own."""
-    rng = np.random.default_rng(seed)
-    kind, batch = np.arange(n) % 3, rng.integers(0, 3, n)
-    mean_ng = np.tile(rng.gamma(1.0, 1.0, g) + 0.2, (n, 1))
-    for i in range(3):
-        mean_ng[np.ix_(kind == i, np.arange(i * 15, i * 15 + 15))] *= 6
-        mean_ng[np.ix_(batch == i, np.arange(60 + i * 15, 75 + i * 15))] *= 3
-    obs = pd.DataFrame({"batch": batch.astype(str), "type": kind.astype(str)}, index=[f"cell{i}" for i in range(n)])
-    x_ng = sparse.csr_matrix(rng.poisson(mean_ng).astype(np.float32))
-    return ad.AnnData(x_ng, obs=obs, var=pd.DataFrame(index=[f"gene{i}" for i in range(g)]))
-
-
-def schelix(*arguments: object) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def integrate(source: Path, out: Path, *more: object) -> list[object]:
-    return ["integrate", source, "-o", out, "--threads", 1, *(part for key in FAST for part in ("--set", key)), *more]
 
 
 @pytest.fixture(scope="module")
@@ -89,20 +64,6 @@ def test_no_arguments_show_the_help() -> None:
 
 def test_version() -> None:
     assert schelix("--version").stdout == f"schelix {__version__}\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "suggestion"),
-    [
-        (["integrat"], "Did you mean 'integrate'"),
-        (["integrate", "x.h5ad", "-o", "run", "--bach-key", "donor"], "--batch-key"),
-        (["integrate", "x.h5ad"], "--out"),
-    ],
-)
-def test_typos_get_a_suggestion(arguments: list[str], suggestion: str) -> None:
-    shown = schelix(*arguments)
-    assert shown.exit_code == 2
-    assert suggestion in shown.output
 
 
 def test_integrate_says_where_the_embedding_is(finished: tuple[Path, Any]) -> None:
@@ -205,83 +166,6 @@ def test_options_win_over_set_and_set_over_the_file(source: Path, tmp_path: Path
     assert Run.open(tmp_path / "run").config.seed == 5
 
 
-def broken(change: Callable[[ad.AnnData], object]) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        adata = cells()
-        change(adata)
-        adata.write_h5ad(folder / "bad.h5ad")
-        return folder / "bad.h5ad"
-
-    return write
-
-
-def text_file(folder: Path) -> Path:
-    (folder / "bad.h5ad").write_text("cell,gene\n")
-    return folder / "bad.h5ad"
-
-
-@pytest.mark.parametrize(
-    ("write", "options", "message"),
-    [
-        (lambda folder: folder / "bad.h5ad", [], "bad.h5ad does not exist"),
-        (text_file, [], "bad.h5ad is not an HDF5 file"),
-        (
-            broken(lambda a: None),
-            ["-b", "bach"],
-            "has no obs column 'bach' (batch_key). Columns that could name batches",
-        ),
-        (broken(lambda a: a.obs.__setitem__("batch", "one")), [], "has one batch only"),
-        (broken(lambda a: a.X.data.__setitem__(3, np.nan)), [], "1 NaN values"),
-        (broken(lambda a: setattr(a, "var_names", ["g"] * a.n_vars)), [], "gene names that occur more than once"),
-        (broken(lambda a: None), ["--layer", "counts"], "has no layer 'counts'"),
-        (broken(lambda a: None), ["--set", "genes.hvg=3"], "unknown setting genes.hvg"),
-        (broken(lambda a: None), ["--set", "graph.k=one"], "graph.k = 'one'"),
-        (broken(lambda a: None), ["--config", "none.toml"], "none.toml does not exist"),
-        (broken(lambda a: None), ["--strength", "2"], "strength = 2.0"),
-        (broken(lambda a: None), ["--max-memory", "much"], "'much' is not an amount of memory"),
-        (broken(lambda a: None), ["--device", "cuda:99"], "CUDA"),
-        (broken(lambda a: None), ["--protect", "stage"], "has no obs column 'stage'"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:Variable names are not unique")
-def test_bad_input_is_one_message(
-    tmp_path: Path, write: Callable[[Path], Path], options: list[str], message: str
-) -> None:
-    shown = schelix("integrate", write(tmp_path), "-o", tmp_path / "run", *options)
-    assert shown.exit_code == 1
-    assert shown.stdout == ""
-    assert "Traceback" not in shown.stderr
-    (error,) = [line for line in shown.stderr.splitlines() if line.startswith("error: ")]
-    assert message in error
-    assert not (tmp_path / "run" / "manifest.json").exists()
-
-
-def test_foreign_directories_are_left_alone(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("precious")
-    shown = schelix(*integrate(source, tmp_path, "--overwrite"))
-    assert shown.exit_code == 1
-    assert "is not a run (no run.json) and not empty: it has thesis.tex" in shown.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    command = [*PYTHON, "inspect", str(tmp_path / "none.h5ad")]
-    for arguments, environment in [
-        (["--debug", *command[3:]], {}),
-        (command[3:], {"SCHELIX_DEBUG": "1"}),
-    ]:
-        shown = subprocess.run(
-            [*PYTHON, *arguments], capture_output=True, text=True, check=False, env=os.environ | environment
-        )
-        assert shown.returncode == 1
-        assert "Traceback" in shown.stderr
-        assert "StoreError" in shown.stderr
-    shown = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (shown.returncode, shown.stdout) == (1, "")
-    assert shown.stderr.startswith("error: ")
-    assert "Traceback" not in shown.stderr
-
-
 def test_inspect(source: Path) -> None:
     shown = schelix("inspect", source)
     assert shown.exit_code == 0, shown.output
@@ -333,57 +217,3 @@ def test_export(source: Path, finished: tuple[Path, Any], tmp_path: Path) -> Non
     assert "copy.h5ad exists" in refused.stderr
     assert schelix("export", out, target, "--overwrite", "--quiet").output == ""
     assert "is the file that the run read" in schelix("export", out, source, "--overwrite").stderr
-
-
-def start_and_signal(source: Path, out: Path, after: str, with_: signal.Signals) -> subprocess.CompletedProcess[str]:
-    """Start an integration in another process and signal it once a stage is recorded."""
-    command = [*PYTHON, *map(str, integrate(source, out))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while not (out / "stages" / f"{after}.json").exists() and process.poll() is None:
-            assert time.monotonic() < deadline, "the stage was not finished in time"
-            time.sleep(0.01)
-        process.send_signal(with_)
-        stdout, stderr = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("after", ["genes", "graph"])
-def test_a_killed_run_continues_to_the_same_embedding(
-    source: Path, finished: tuple[Path, Any], tmp_path: Path, after: str
-) -> None:
-    out = tmp_path / "run"
-    killed = start_and_signal(source, out, after, signal.SIGKILL)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (out / "manifest.json").exists()
-    assert "is not finished" in schelix("verify", out).stderr
-    continued = schelix(*integrate(source, out, "--batch-key", "batch"))
-    assert continued.exit_code == 0, continued.output
-    assert f"{after}: done before, skipped" in continued.stderr
-    assert "embed: done before" not in continued.stderr
-    np.testing.assert_array_equal(Run.open(out).embedding, Run.open(finished[0]).embedding)
-    assert schelix("verify", out).exit_code == 0
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_says_how_to_continue(source: Path, tmp_path: Path) -> None:
-    stopped = start_and_signal(source, tmp_path / "run", "genes", signal.SIGINT)
-    assert stopped.returncode == 130, stopped.stderr
-    assert "interrupted: Run the same command again to continue: finished stages are kept." in stopped.stderr
-    assert "Traceback" not in stopped.stderr
-
-
-def test_an_interruption_while_a_string_is_executed_is_130_too(tmp_path: Path) -> None:
-    """Imports execute strings; CPython remembers the interruption and would end by the signal under -m."""
-    (tmp_path / "interrupted.py").write_text(
-        "import schelix_scale.pipeline\n"
-        "def integrate(*args, **kwargs): exec('raise KeyboardInterrupt')\n"
-        "schelix_scale.pipeline.integrate = integrate\n"
-        "from schelix_scale.cli import main\n"
-        "main()\n"
-    )
-    command = [sys.executable, "-m", "interrupted", "integrate", "cells.h5ad", "-o", "run"]
-    stopped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert stopped.returncode == 130, stopped.stderr
-    assert "Run the same command again to continue" in stopped.stderr

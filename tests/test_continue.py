@@ -17,7 +17,7 @@ from schelix_scale.pipeline import integrate, prepare
 from schelix_scale.progress import QuietReporter
 from schelix_scale.run import Run, RunDirectory
 
-from .test_pipeline import SMALL, make_adata
+from .small_runs import SMALL, make_adata
 
 SETTINGS: dict[str, Any] = {**SMALL, "data.label_key": "cell_type", "data.obs_columns": ("condition",)}
 

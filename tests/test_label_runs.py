@@ -15,8 +15,8 @@ from schelix_scale.errors import ConfigError, DataError
 from schelix_scale.inspection import inspect_source
 from schelix_scale.progress import QuietReporter
 from schelix_scale.run import Run
+from tests.small_runs import SMALL
 from tests.synthetic import make_cells
-from tests.test_pipeline import SMALL
 
 SETTINGS = {**SMALL, "train.refine_steps": 60, "train.learning_rate": 0.005}
 

@@ -21,7 +21,7 @@ from schelix_scale.pipeline import integrate
 from schelix_scale.progress import QuietReporter
 from schelix_scale.run import Run
 
-from .test_pipeline import SMALL, STAGE_NAMES, make_adata
+from .small_runs import SMALL, STAGE_NAMES, make_adata
 
 
 def split(adata: ad.AnnData, folder: Path, *drop: str) -> list[Path]:

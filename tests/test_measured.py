@@ -30,8 +30,8 @@ from schelix_scale.stores import CellStore, MemoryStore
 from schelix_scale.stores.base import Measured
 
 from .forwarding import ForwardingStore
+from .small_runs import SMALL
 from .synthetic import Synthetic, dense_log_normalize, make_cells
-from .test_pipeline import SMALL
 from .unmeasured import two_of_three, with_nan, without
 
 G = 150

@@ -24,8 +24,8 @@ from schelix_scale.progress import QuietReporter
 from schelix_scale.stores import MemoryStore
 
 from .counting import CountingStore
+from .small_runs import SMALL, make_adata
 from .stores.truth import write_zarr
-from .test_pipeline import SMALL, make_adata
 
 CELLS, GENES, BATCHES = 27_000, 3_000, 4
 BUDGET = 100_000_000

@@ -1,4 +1,4 @@
-"""The whole run: real files, real stages; killed, damaged, repeated and misused."""
+"""The whole run: real files, real stages; killed, damaged and repeated."""
 
 from __future__ import annotations
 
@@ -16,41 +16,13 @@ from scipy import sparse
 
 import schelix_scale
 from schelix_scale import stages
-from schelix_scale.errors import ConfigError, DataError, RunError, StoreError
+from schelix_scale.errors import RunError
 from schelix_scale.pipeline import integrate
 from schelix_scale.progress import QuietReporter
 from schelix_scale.run import RunDirectory
 
+from .small_runs import SMALL, STAGE_NAMES, make_adata, run, within_and_between
 from .synthetic import make_cells
-
-SMALL = {
-    "genes.n_hvg": 150,
-    "genes.min_batch_cells": 20,
-    "features.anchor_dims": 10,
-    "features.variant_dims": 10,
-    "graph.k": 12,
-    "train.width": 16,
-    "train.batch_size": 128,
-    "train.align_steps": 20,
-    "train.refine_steps": 20,
-    "train.evaluate_every": 10,
-    "threads": 1,
-}
-STAGE_NAMES = ["genes", "features", "graph", "train", "embed"]
-
-
-def make_adata(**kwargs: object) -> anndata.AnnData:
-    cells = make_cells(n_types=4, n_batches=3, per_group=30, n_genes=150, **kwargs)  # type: ignore[arg-type]
-    obs = pd.DataFrame(
-        {
-            "batch": pd.Categorical([f"donor{b}" for b in cells.batch_n]),
-            "cell_type": pd.Categorical([f"type{t}" for t in cells.type_n]),
-            "condition": cells.condition_n.astype(str),
-        },
-        index=[f"cell{i}" for i in range(len(cells.batch_n))],
-    )
-    var = pd.DataFrame(index=[f"gene{i}" for i in range(cells.counts_ng.shape[1])])
-    return anndata.AnnData(sparse.csr_matrix(cells.counts_ng.astype(np.float32)), obs=obs, var=var)
 
 
 @pytest.fixture(scope="module")
@@ -60,21 +32,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(source: object, out: Path, **settings: object) -> schelix_scale.Run:
-    given = {"reporter": QuietReporter(), **SMALL, **settings}
-    return integrate(source, batch_key="batch", out=out, **given)  # type: ignore[arg-type]
-
-
 @pytest.fixture(scope="module")
 def finished(source: Path, tmp_path_factory: pytest.TempPathFactory) -> schelix_scale.Run:
     return run(source, tmp_path_factory.mktemp("finished") / "run")
-
-
-def within_and_between(embedding: np.ndarray, codes: np.ndarray) -> float:
-    """Share of the variance of an embedding that lies between groups of cells."""
-    total = ((embedding - embedding.mean(axis=0)) ** 2).sum()
-    within = sum(((embedding[codes == c] - embedding[codes == c].mean(axis=0)) ** 2).sum() for c in np.unique(codes))
-    return float(1 - within / total)
 
 
 def test_embedding_keeps_types_and_drops_batches(finished: schelix_scale.Run, source: Path) -> None:
@@ -235,71 +195,6 @@ def test_log_values_are_detected_and_give_nearly_the_same(
     np.testing.assert_allclose(log.genes["mean"], finished.genes["mean"], rtol=1e-4)
 
 
-def bad(change: str) -> anndata.AnnData:
-    adata = make_adata()
-    if change == "one batch":
-        adata.obs["batch"] = "same"
-    elif change == "lone cell":
-        adata.obs["batch"] = ["alone", *adata.obs["batch"].astype(str)[1:]]
-    elif change == "missing batch":
-        adata.obs["batch"] = [np.nan, *adata.obs["batch"].astype(str)[1:]]
-    elif change in ("nan", "inf", "negative"):
-        adata.X.data[7] = {"nan": np.nan, "inf": np.inf, "negative": -1.0}[change]
-    elif change == "empty cell":
-        adata.X = sparse.csr_matrix(adata.X.toarray() * (np.arange(adata.n_obs) != 3)[:, None])
-    elif change == "duplicate genes":
-        adata.var_names = ["gene0", *adata.var_names[:-1]]
-    elif change == "duplicate cells":
-        adata.obs_names = ["cell0", *adata.obs_names[:-1]]
-    return adata
-
-
-@pytest.mark.filterwarnings("ignore:Observation names are not unique", "ignore:Variable names are not unique")
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("one batch", "one batch"),
-        ("lone cell", "alone"),
-        ("missing batch", "batch"),
-        ("nan", "NaN"),
-        ("inf", r"infinite|inf"),
-        ("negative", "negative"),
-        ("empty cell", "no counts at all"),
-        ("duplicate genes", "gene0"),
-        ("duplicate cells", "cell0"),
-    ],
-)
-def test_bad_input_is_named_and_leaves_no_run_that_looks_finished(tmp_path: Path, change: str, message: str) -> None:
-    path = tmp_path / "bad.h5ad"
-    bad(change).write_h5ad(path)
-    with pytest.raises(DataError, match=message) as caught:
-        run(path, tmp_path / "run")
-    assert "bad.h5ad" in str(caught.value)
-    with pytest.raises(RunError, match=r"not a run|not finished"):
-        schelix_scale.Run.open(tmp_path / "run")
-
-
-def test_a_missing_batch_key_lists_the_likely_columns(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"donor_id.*batch"):
-        integrate(source, batch_key="donor_id", out=tmp_path / "run", reporter=QuietReporter())
-    assert not (tmp_path / "run").exists()
-
-
-def test_another_configuration_in_the_directory_is_refused(finished: schelix_scale.Run, source: Path) -> None:
-    with pytest.raises(RunError, match=r"graph.k: 12 -> 9"):
-        run(source, finished.path, **{"graph.k": 9})
-    assert schelix_scale.Run.open(finished.path).verify() == []
-
-
-def test_unknown_and_contradicting_settings(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"graph\.kk"):
-        run(source, tmp_path / "run", graph__kk=3)
-    with pytest.raises(ConfigError, match="Give one"):
-        run(source, tmp_path / "run", data__batch_key="condition")
-    with pytest.raises(StoreError, match=r"nowhere\.h5ad"):
-        run(tmp_path / "nowhere.h5ad", tmp_path / "run")
-
-
 def test_settings_from_a_config_object_and_keywords_are_merged() -> None:
     from schelix_scale.config_io import merge_settings
 
@@ -346,22 +241,6 @@ def test_awkward_obs_columns_come_along(tmp_path: Path) -> None:
     assert result["mixed"].astype(str).tolist()[:2] == ["1", "a"]
     assert (result["CD4_CD8"] == 1.5).all()
     assert {"bin", "span", "maybe", "batch"} <= set(result.columns)
-
-
-def test_what_cannot_work_is_refused_before_anything_is_computed(source: Path, tmp_path: Path) -> None:
-    adata = make_adata()
-    adata.obs["schelix_row"] = 1
-    with pytest.raises(DataError, match="schelix_row"):
-        run(adata, tmp_path / "run")
-    with pytest.raises(DataError, match=r"--set graph\.k="):
-        run(source, tmp_path / "run", **{"graph.k": 400})
-    adata = make_adata()
-    adata.obs["condition"] = [np.nan, *adata.obs["condition"][1:]]
-    with pytest.raises(DataError, match=r"condition have no value in 1 of 360 cells \(first: cell0\)"):
-        run(adata, tmp_path / "run", data__protect=("condition",))
-    with pytest.raises(DataError, match="is the batch key"):
-        run(source, tmp_path / "run", data__protect=("batch",))
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow  # among the longest of the suite

@@ -20,7 +20,7 @@ from schelix_scale.pipeline import integrate, prepare
 from schelix_scale.progress import QuietReporter
 from schelix_scale.run import Run
 
-from .test_pipeline import SMALL, make_adata
+from .small_runs import SMALL, make_adata
 
 SETTINGS = {**SMALL, "train.align_steps": 60, "train.refine_steps": 60, "train.patience": 100}
 SCHELIX = [sys.executable, "-m", "schelix_scale"]

@@ -24,8 +24,8 @@ from schelix_scale.progress import QuietReporter
 from schelix_scale.run import Run
 from schelix_scale.stores import open_store
 
+from .small_runs import SMALL, STAGE_NAMES, make_adata
 from .stores.census_builder import CensusTruth, write_census
-from .test_pipeline import SMALL, STAGE_NAMES, make_adata
 
 FAST = {**SMALL, "train.enabled": False}
 FILTER = "tissue_general == 'lung' and is_primary_data == True"

@@ -16,7 +16,7 @@ from schelix_scale.progress import QuietReporter
 from schelix_scale.run import Run
 
 from .counting import CountingStore
-from .test_pipeline import SMALL, make_adata, within_and_between
+from .small_runs import SMALL, make_adata, within_and_between
 
 STREAM = {"train.input": "stream"}
 LEARNED = {**STREAM, "train.loadings": "learned"}

@@ -17,8 +17,8 @@ from schelix_scale.progress import QuietReporter
 from schelix_scale.stages.graph import graph_settings
 from schelix_scale.stages.model import train_settings
 
+from .small_runs import SMALL, make_adata, within_and_between
 from .synthetic import dense_log_normalize
-from .test_pipeline import SMALL, make_adata, within_and_between
 
 SETTINGS = {**SMALL, "genes.n_hvg": 120, "embed.streams": True}
 LEVELS = [0.0, 0.5, 1.0]

@@ -66,3 +66,11 @@ def write_csr(group: Any, x_ng: sparse.csr_matrix, **changed: Any) -> None:
     group.attrs["shape"] = np.array(x_ng.shape)
     for key in ("data", "indices", "indptr"):
         group.create_dataset(key, data=changed.get(key, getattr(x_ng, key)))
+
+
+def save(adata: ad.AnnData, folder: Path, name: str) -> str:
+    folder.mkdir(exist_ok=True)
+    if name.endswith(".zarr"):
+        return str(write_zarr(adata, folder / name, 3))
+    adata.write_h5ad(folder / name)
+    return str(folder / name)
