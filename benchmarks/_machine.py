@@ -6,7 +6,9 @@ import contextlib
 import datetime
 import os
 import platform
+import resource
 import subprocess
+import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -81,6 +83,18 @@ def threads() -> int:
     given = os.environ.get("OMP_NUM_THREADS", "")
     cores = int(machine()["cores"] or 1)
     return min(int(given), cores) if given.isdigit() and int(given) > 0 else cores
+
+
+def peak_mb() -> float:
+    """Return the most memory (MB, resident) that this process has held since its program started.
+
+    What `os.wait4` tells of a child is never below what its parent held when it was started; Linux knows better.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        kilobytes = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(kilobytes) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def busy_seconds() -> float | None:

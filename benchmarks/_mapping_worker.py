@@ -13,6 +13,7 @@ def main(scratch: Path) -> None:
     """Run the job and write its arrays."""
     warnings.simplefilter("ignore")
     import numpy as np
+    from _machine import peak_mb
     from _mapping_methods import METHODS, Job
 
     content = json.loads((scratch / "job.json").read_text(encoding="utf-8"))
@@ -23,7 +24,8 @@ def main(scratch: Path) -> None:
     else:
         found = {"z": np.asarray(method.joint(job, scratch), np.float32)}
     plain = {name: array.astype(str) if array.dtype == object else array for name, array in found.items()}
-    np.savez(scratch / "answer.npz", seconds=time.perf_counter() - started, **plain)
+    seconds = time.perf_counter() - started
+    np.savez(scratch / "answer.npz", seconds=seconds, peak_mb=peak_mb(), **plain)
 
 
 if __name__ == "__main__":

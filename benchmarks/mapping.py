@@ -21,7 +21,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -177,7 +176,6 @@ def attempt(job: Job, work: Path, one_thread: bool = False) -> dict[str, Any] | 
     work.mkdir(parents=True)
     (work / "job.json").write_text(json.dumps(asdict(job)), encoding="utf-8")
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    started = time.perf_counter()
     with (work / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, str(HERE / "_mapping_worker.py"), str(work)],
@@ -185,16 +183,13 @@ def attempt(job: Job, work: Path, one_thread: bool = False) -> dict[str, Any] | 
             stderr=subprocess.STDOUT,
             env={**os.environ, "PYTHONPATH": path, **(ONE_THREAD if one_thread else {})},
         )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        process.wait()
     if process.returncode:
         tail = (work / "log.txt").read_text(errors="replace").splitlines()[-25:]
         print("\n".join([f"FAILED: {job.method} on {job.reference}", *tail]), file=sys.stderr, flush=True)
         return None
     with np.load(work / "answer.npz") as file:
-        answer = {name: file[name] for name in file.files}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return answer | {"peak_mb": usage.ru_maxrss * unit / 1e6, "wall_seconds": time.perf_counter() - started}
+        return {name: file[name] for name in file.files}
 
 
 if __name__ == "__main__":
