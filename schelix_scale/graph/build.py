@@ -171,7 +171,24 @@ class _Builder:
         shape = (index.n_cells, self.config.k)
         out = [create_array(self.folder / f"{name}.npy", shape, kind) for name, kind in zip(names, kinds, strict=True)]
         for attempt in range(ATTEMPTS):
-            files, number = descend(
+            audit, number = self._attempt(index, out, attempt, method, start if attempt == 0 else None)
+            if audit.recall >= self.config.min_recall or attempt + 1 == ATTEMPTS:
+                break
+            self.reporter.warn(f"{self._too_few(audit)}; it is repeated more widely")
+        for name in names:
+            sync(self.folder / f"{name}.npy")
+        write_json(self.folder / DONE, {"method": method, "rounds": number, "attempts": attempt + 1})
+        for left in self.folder.glob(f"{FOUND}*"):
+            shutil.rmtree(left)
+        return audit
+
+    def _attempt(
+        self, index: CellIndex, out: list[np.memmap], attempt: int, method: str, start: Begin | None
+    ) -> tuple[Audit, int]:
+        """Search and measure, with further rounds while too little was found; return the audit and the last round."""
+
+        def search(least: int) -> tuple[FoundFiles, int]:
+            return descend(
                 index,
                 self.config.k,
                 self.folder / f"{FOUND}-{attempt}",
@@ -184,25 +201,27 @@ class _Builder:
                 self._by_pynndescent(attempt) if method == "pynndescent" else start,
                 PROBES * MORE_PROBES**attempt,
                 self.budget if method == "ivf" else 0,  # beside the process of pynndescent nothing is held
+                least,
             )
+
+        files, number = search(0)
+        while True:
             in_cell_order(index, files, number, out, self.threads)
             for array in out:
                 array.flush()
             found = Neighbors(out[0], out[1], method)
-            audit = audit_recall(self.features, found, self.config.audit_cells, self.seed, self.threads)
-            if audit.recall >= self.config.min_recall or attempt + 1 == ATTEMPTS:
-                break
-            self.reporter.warn(
-                f"the neighbour search found {audit.recall:.3f} of the exact neighbours of {audit.cells} cells, less "
-                f"than graph.min_recall = {self.config.min_recall}; it is repeated more widely"
-            )
-            start = None
-        for name in names:
-            sync(self.folder / f"{name}.npy")
-        write_json(self.folder / DONE, {"method": method, "rounds": number, "attempts": attempt + 1})
-        for left in self.folder.glob(f"{FOUND}*"):
-            shutil.rmtree(left)
-        return audit
+            audit, last = audit_recall(self.features, found, self.config.audit_cells, self.seed, self.threads), number
+            if audit.recall < self.config.min_recall:
+                self.reporter.say(f"{self._too_few(audit)}; it goes on for a round, if one can find more")
+                files, number = search(last + 1)
+            if number == last:
+                return audit, number
+
+    def _too_few(self, audit: Audit) -> str:
+        return (
+            f"the neighbour search found {audit.recall:.3f} of the exact neighbours of {audit.cells} cells, less "
+            f"than graph.min_recall = {self.config.min_recall}"
+        )
 
     def _index(self) -> CellIndex:
         """Build the index, or open it if that was done."""

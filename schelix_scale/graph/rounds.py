@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -80,8 +81,9 @@ def descend(
     start: Callable[[CellIndex, FoundFiles], None] | None = None,
     probes: int = PROBES,
     budget: int = 0,
+    least: int = 0,
 ) -> tuple[FoundFiles, int]:
-    """Search the k nearest neighbours of all cells; go on where an interrupted search of the same folder stopped.
+    """Search the k nearest neighbours of all cells; go on where an earlier search of the same folder stopped.
 
     Parameters
     ----------
@@ -100,6 +102,8 @@ def descend(
     budget
         Bytes of memory. If there is room, what all tasks of a round read stays mapped, and counts as memory, until its
         end: to map it anew for each task takes a tenth of the time.
+    least
+        Rounds that are made whatever the pilot cells say, unless no further one can find anything.
 
     Returns
     -------
@@ -117,15 +121,20 @@ def descend(
             else:
                 run_tasks(task, files.spans(), workers, scheduler, progress.advance)
 
-    def keep(number: int, recall: float, expand: int, everything: bool, done: bool) -> None:
+    def keep(number: int, recall: float, expand: int, everything: bool, last: bool) -> None:
         files.sync(number)
-        done = done or recall >= (enough if number else aim) or number >= MAX_ROUNDS
-        told = {"round": number, "recall": recall}
-        write_json(path, {**told, "expand": expand, "everything": everything, "done": done})
+        told = {"round": number, "recall": recall, "least": least}
+        write_json(path, {**told, "expand": expand, "everything": everything, "last": last})
+
+    def over(state: dict[str, Any]) -> bool:
+        number = state["round"]
+        found = number >= least and state["recall"] >= (enough if number else aim)
+        return bool(found or state["last"] or number >= MAX_ROUNDS)
 
     if path.exists():
         state = json.loads(path.read_text())
-        if not state["done"]:
+        least = max(least, state["least"])
+        if not over(state):
             reporter.say(f"neighbour search goes on after round {state['round']} (recall {state['recall']:.3f})")
     else:
         files.create()
@@ -134,7 +143,7 @@ def descend(
         else:
             start(index, files)
         keep(0, pilot.recall(files.scores(0)), EXPAND, False, False)
-    while not (state := json.loads(path.read_text()))["done"]:
+    while not over(state := json.loads(path.read_text())):
         number, recall, expand = state["round"] + 1, state["recall"], state["expand"]
         searched = 0 if start is not None else probes
         task = Expand(index.folder, files, number, min(expand, k), state["everything"], searched)

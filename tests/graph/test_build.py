@@ -229,6 +229,23 @@ def test_a_low_recall_makes_the_search_go_wider(
         build_neighbors(features_nd, tmp_path / "fails", IVF, 0, 2, LOTS)
 
 
+def test_a_search_whose_audit_finds_too_little_goes_on_for_rounds(
+    features_nd: np.ndarray, exact: tuple[np.ndarray, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pilot cells may be lucky ones: here they are content with what the lists found."""
+    monkeypatch.setattr(build, "PROBES", 6)
+    monkeypatch.setattr(lists, "MIN_CANDIDATES", 2 * K)
+    monkeypatch.setattr(lists, "LIST_CELLS", 32)
+    honest = rounds.Pilot.recall
+    monkeypatch.setattr(rounds.Pilot, "recall", lambda *given: honest(*given) + 1)
+    reporter = QuietReporter()
+    found, audit = build_neighbors(features_nd, tmp_path, IVF, 0, 2, LOTS, reporter)
+    assert audit.recall >= 0.95
+    assert recall(found, features_nd, exact) >= 0.95
+    assert any("goes on for a round" in message for message in reporter.messages)
+    assert not any("repeated more widely" in message for message in reporter.messages)
+
+
 def test_features_that_are_not_finite(features_nd: np.ndarray, tmp_path: Path) -> None:
     broken = features_nd.copy()
     broken[77, 3] = np.nan
