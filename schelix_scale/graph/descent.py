@@ -44,8 +44,9 @@ class Probe:
         """Do the task with ``maps`` that are open."""
         files = self.files
         neighbours, scores, fresh = files.neighbours(0, "r+"), files.scores(0, "r+"), files.fresh(0, "r+")
+        near = NearLists(index, span, self.probes)
         for chosen, start, stop in groups(index, span):
-            candidates = index.around(chosen, self.probes, files.k)
+            candidates = index.in_lists(chosen, near.of(chosen), files.k)
             columns, values = nearest_among(index.vectors_nd[start:stop], index.vectors_nd, candidates, files.k, start)
             neighbours[start:stop], scores[start:stop] = candidates[columns], values
         fresh[slice(*span)] = True
@@ -92,36 +93,64 @@ class Expand:
         least = 0.0 if self.everything or self.number == 1 else LEAST_FRESH / 2 ** (self.number - 2)
         after, now_fresh = files.neighbours(self.number, "r+"), files.fresh(self.number, "r+")
         scores, now_scores = files.scores(last), files.scores(self.number, "r+")
+        near, compared_n = NearLists(index, span, self.probes) if self.probes else None, np.zeros(index.n_cells, bool)
         for chosen, start, stop in groups(index, span):
             mine, mine_fresh, known = (np.asarray(array[start:stop]) for array in (before, fresh, scores))
             if mine_fresh.mean() < least:
                 after[start:stop], now_scores[start:stop], now_fresh[start:stop] = mine, known, mine_fresh
                 continue
-            around = self._around(before, fresh, mine, mine_fresh)
-            candidates = self._not_searched(index, chosen, around)
-            rows, found, values = better(index, start, candidates, mine, known[:, -1])
+            compared = np.empty(0, np.int64) if near is None else index.members(near.of(chosen))
+            compared_n[compared] = True
+            around = self._around(before, fresh, mine, mine_fresh, compared_n)
+            compared_n[compared] = False
+            rows, found, values = better(index, start, around, mine, known[:, -1])
             after[start:stop], now_scores[start:stop], now_fresh[start:stop] = merged(mine, known, rows, found, values)
         files.written(after, now_scores, now_fresh)
         return span[1] - span[0]
 
-    def _around(self, before: np.ndarray, fresh: np.ndarray, mine: np.ndarray, mine_fresh: np.ndarray) -> np.ndarray:
-        """All neighbours of fresh neighbours, and the fresh ones of the others; sorted positions."""
+    def _around(
+        self,
+        before: np.ndarray,
+        fresh: np.ndarray,
+        mine: np.ndarray,
+        mine_fresh: np.ndarray,
+        compared_n: np.ndarray,
+    ) -> np.ndarray:
+        """All neighbours of fresh neighbours, and the fresh ones of the others: sorted positions not yet compared."""
         first, new = mine[:, : self.expand], mine_fresh[:, : self.expand]
         if self.everything:
             new = np.ones_like(new)
         old = distinct(first[~new])
         theirs = taken(before, old)[taken(fresh, old)]
-        return distinct(np.concatenate([taken(before, distinct(first[new])).ravel(), theirs]))
+        around = np.concatenate([taken(before, distinct(first[new])).ravel(), theirs])
+        return distinct(around[~taken(compared_n, around)])  # most were: to look that up is quicker than to sort them
 
-    def _not_searched(self, index: CellIndex, chosen: int, positions: np.ndarray) -> np.ndarray:
-        """Leave out of sorted positions those in lists that were searched for a list: most are."""
-        if not self.probes:
-            return positions
-        near = index.lists.near(chosen, self.probes)
-        change = np.zeros(len(positions) + 1, np.int64)
-        np.add.at(change, np.searchsorted(positions, index.starts[near]), 1)
-        np.add.at(change, np.searchsorted(positions, index.starts[near + 1]), -1)
-        return np.asarray(positions[np.cumsum(change[:-1]) == 0])
+
+class NearLists:
+    """The lists near each list of a span of positions, computed for a group of lists at once: most of it is overhead.
+
+    Parameters
+    ----------
+    index
+        Cells in lists.
+    span
+        Positions; what is asked for must be the lists of them, in their order.
+    probes
+        How many lists near each one.
+    """
+
+    def __init__(self, index: CellIndex, span: tuple[int, int], probes: int) -> None:
+        self._lists, self._probes = index.lists, probes
+        self._end = int(np.searchsorted(index.starts, span[1], side="left"))
+        self._first, self._near = 0, np.empty((0, probes), np.int64)
+
+    def of(self, chosen: int) -> np.ndarray:
+        """Return the lists nearest to one, itself first."""
+        if not 0 <= chosen - self._first < len(self._near):
+            groups = self._lists.groups
+            stop = int(groups[np.searchsorted(groups, chosen, side="right")])
+            self._first, self._near = chosen, self._lists.near_each(chosen, min(stop, self._end), self._probes)
+        return np.asarray(self._near[chosen - self._first])
 
 
 def better(
@@ -134,9 +163,9 @@ def better(
     unit_qd, parts = np.asarray(index.vectors_nd[start : start + len(mine_qk)]), []
     for a, b in row_blocks(len(candidates), BLOCK_CANDIDATES):
         block = candidates[a:b]
-        scores = unit_qd @ taken(index.vectors_nd, block).T
-        places = np.flatnonzero(scores > floor_q[:, None])
-        row_h, column_h = np.divmod(places, len(block))
+        scores = taken(index.vectors_nd, block) @ unit_qd.T
+        places = np.flatnonzero(scores > floor_q)
+        column_h, row_h = np.divmod(places, len(unit_qd))
         parts.append((row_h, block[column_h], scores.ravel()[places]))
     if not parts:
         return np.empty(0, np.int64), np.empty(0, mine_qk.dtype), np.empty(0, np.float32)

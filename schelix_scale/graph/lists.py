@@ -22,6 +22,7 @@ from schelix_scale.scheduling import run_tasks
 
 LIST_CELLS, MAX_LISTS = 64, 65_536
 SAMPLE_A_LIST, ROUNDS = 20, 8
+SAMPLE_A_GROUP = 256
 NEAR_GROUPS, ASSIGN_GROUPS = 12, 8  # groups that are looked through for the lists near a list, and for that of a cell
 MIN_CANDIDATES = 256
 ASSIGN_CELLS, WRITE_CELLS = 50_000, 100_000
@@ -65,14 +66,20 @@ class Lists:
 
         No more than ``most`` of them, if given: quicker than to order all.
         """
-        group = int(np.searchsorted(self.groups, chosen, side="right")) - 1
-        others = self._lists_near(group)
-        distances = self._halves[others] - self.centroids_md[others] @ self.centroids_md[chosen]
-        distances[others == chosen] = -np.inf
+        return np.asarray(self.near_each(chosen, chosen + 1, most)[0])
+
+    def near_each(self, first: int, last: int, most: int | None = None) -> np.ndarray:
+        """Return what `near` does of each list from ``first`` to ``last``, all of one group: (last - first, p)."""
+        group = int(np.searchsorted(self.groups, first, side="right")) - 1
+        others = np.sort(self._lists_near(group))
+        distances = self._halves[others] - self.centroids_md[first:last] @ self.centroids_md[others].T
+        rows = np.arange(last - first)
+        distances[rows, np.searchsorted(others, first + rows)] = -np.inf
+        kept = np.broadcast_to(np.arange(len(others)), distances.shape)
         if most is not None and most < len(others):
-            kept = np.sort(np.argpartition(distances, most - 1)[:most])
-            others, distances = others[kept], distances[kept]
-        return np.asarray(others[np.argsort(distances, kind="stable")])
+            kept = np.sort(np.argpartition(distances, most - 1, axis=1)[:, :most], axis=1)
+        order = np.argsort(np.take_along_axis(distances, kept, axis=1), axis=1, kind="stable")
+        return np.asarray(others[np.take_along_axis(kept, order, axis=1)])
 
     def assign(self, unit_md: np.ndarray) -> np.ndarray:
         """Return the list (m,) int32 whose centroid is nearest to each of the unit rows (m, d)."""
@@ -112,7 +119,7 @@ def fit_lists(features_nd: np.ndarray, seed: int, workers: int, list_cells: int 
 
     with warnings.catch_warnings():  # identical cells make fewer clusters: a list without cells does no harm
         warnings.simplefilter("ignore", ConvergenceWarning)
-        group_s = cluster(sample, n_groups).labels_
+        group_s = cluster(sample[:: max(1, size // (SAMPLE_A_GROUP * n_groups))], n_groups).predict(sample)
         run_tasks(split, range(n_groups), workers)
     parts = [part for part in parts if len(part)]
     return Lists(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))
@@ -160,8 +167,11 @@ class CellIndex:
 
     def around(self, chosen: int, probes: int, k: int) -> np.ndarray:
         """Return positions of the cells of the ``probes`` lists nearest to one, or of more lists if k need that."""
-        near = self.lists.near(chosen, probes)
-        least = max(4 * k, MIN_CANDIDATES)
+        return self.in_lists(chosen, self.lists.near(chosen, probes), k)
+
+    def in_lists(self, chosen: int, near: np.ndarray, k: int) -> np.ndarray:
+        """Return positions of the cells of ``near``, the lists nearest to one, or of more lists if k need that."""
+        probes, least = len(near), max(4 * k, MIN_CANDIDATES)
         if (self.starts[near + 1] - self.starts[near]).sum() < least:
             near = self.lists.near(chosen)
             held = np.cumsum(self.starts[near + 1] - self.starts[near])

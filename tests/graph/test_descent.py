@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from schelix_scale.graph import descent
-from schelix_scale.graph.descent import Expand, Probe, better, merged
+from schelix_scale.graph.descent import Expand, NearLists, Probe, better, groups, merged
 from schelix_scale.graph.found import FoundFiles
 from schelix_scale.graph.lists import CellIndex
 from tests.synthetic import gaussian_cells
@@ -61,11 +61,44 @@ def test_lists_that_were_searched_are_left_out_without_loss(index: CellIndex, tm
         task = Expand(index.folder, files, 1, K, probes=probes)
         task((0, N))
         found.append(np.sort(files.neighbours(1), axis=1))
-        looked = task._not_searched(index, 5, np.arange(N))
-        near = index.lists.near(5, PROBES)
-        assert len(looked) == N - (np.diff(index.starts)[near].sum() if probes else 0)
     assert (found[0] != np.sort(FoundFiles(tmp_path / "0", N, K).neighbours(0), axis=1)).any()
     np.testing.assert_array_equal(*found)
+
+
+def test_a_round_compares_only_with_neighbours_of_neighbours_that_are_in_no_list_that_was_searched(
+    index: CellIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, looked = FoundFiles(tmp_path, N, K), []
+    files.create()
+    Probe(index.folder, files, PROBES)((0, N))
+
+    def recording(index: CellIndex, start: int, candidates: np.ndarray, *others: np.ndarray) -> object:
+        looked.append((start, candidates))
+        return better(index, start, candidates, *others)
+
+    monkeypatch.setattr(descent, "better", recording)
+    Expand(index.folder, files, 1, K, probes=PROBES)((0, N))
+    before, expected = files.neighbours(0), []
+    for chosen, start, stop in groups(index, (0, N)):
+        theirs = np.unique(before[np.unique(before[start:stop])])
+        searched = np.isin(
+            np.repeat(np.arange(len(index.starts) - 1), np.diff(index.starts)), index.lists.near(chosen, PROBES)
+        )
+        expected.append((start, np.setdiff1d(theirs, np.flatnonzero(searched))))
+    assert [start for start, _ in looked] == [start for start, _ in expected]
+    for (_, candidates), (_, wanted) in zip(looked, expected, strict=True):
+        np.testing.assert_array_equal(candidates, wanted)
+    assert sum(len(wanted) for _, wanted in expected)
+
+
+@pytest.mark.parametrize("probes", [1, 7, 10_000])
+def test_lists_near_those_of_a_span_are_those_near_each(index: CellIndex, probes: int) -> None:
+    """However a span cuts the groups of lists, and whether a list is asked for once, twice or not at all."""
+    for span in ((0, N), (N // 3 + 1, N - 5), (7, 8)):
+        near = NearLists(index, span, probes)
+        for place, (chosen, _, _) in enumerate(groups(index, span)):
+            if place % 5 != 1:
+                np.testing.assert_array_equal(near.of(chosen), index.lists.near(chosen, probes))
 
 
 def test_a_second_round_leaves_lists_alone_in_which_the_first_found_little(
