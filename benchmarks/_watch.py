@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 INTERVAL = 0.1
-PSS_SHARE = 0.05  # of the time: the kernel walks all pages of a process for it, milliseconds a GB
+PSS_SHARE = 0.01  # of the time: the kernel walks all pages of a process for it, milliseconds a GB
 
 
 class CommandFailed(RuntimeError):
@@ -35,7 +35,7 @@ class Watched:
         Seconds since 1970 and the sum of RSS then.
     pss_peak
         Largest sum of proportional memory (PSS), bytes: a page counts once, divided among all processes that hold it.
-        None where the system does not tell it. Sampled less often than RSS, so that it takes 5 % of the time at most.
+        None where the system does not tell it. Sampled less often than RSS, so that it takes 1 % of the time at most.
     """
 
     seconds: float

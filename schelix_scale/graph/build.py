@@ -161,7 +161,7 @@ class _Builder:
         self.threads, self.budget, self.reporter = threads, budget, reporter
         self.scheduler, self.search, self.processes = scheduler, search, processes
         self.aim = (1 + config.min_recall) / 2
-        self.enough = config.min_recall + 0.15 * (1 - config.min_recall)  # the pilot's error, roughly, above the least
+        self.enough = config.min_recall + 0.1 * (1 - config.min_recall)  # the pilot's error, roughly, above the least
 
     def build(self, method: str, start: Begin | None) -> Audit:
         """Search, measure, and search again more widely if that was not enough."""

@@ -23,9 +23,10 @@ from schelix_scale.scheduling import run_tasks
 LIST_CELLS, MAX_LISTS = 64, 65_536
 SAMPLE_A_LIST, ROUNDS = 20, 8
 SAMPLE_A_GROUP = 256
-NEAR_GROUPS, ASSIGN_GROUPS = 12, 8  # groups that are looked through for the lists near a list, and for that of a cell
+NEAR_GROUPS, ASSIGN_GROUPS = 12, 4  # groups that are looked through for the lists near a list, and for that of a cell
 MIN_CANDIDATES = 256
-ASSIGN_CELLS, WRITE_CELLS = 50_000, 100_000
+ASSIGN_CELLS, WRITE_CELLS = 100_000, 100_000
+ASSIGN_BLOCK = 8_192  # cells that are compared with all groups at once
 ARRAYS = ("centroids", "groups", "starts", "cells", "vectors")
 
 
@@ -57,8 +58,8 @@ class Lists:
         np.fill_diagonal(scores, np.inf)
         return means, np.argsort(-scores, axis=1, kind="stable")[:, :NEAR_GROUPS]
 
-    def _lists_near(self, group: int, groups: int = NEAR_GROUPS) -> np.ndarray:
-        spans = [np.arange(self.groups[g], self.groups[g + 1]) for g in self._coarse[1][group, :groups]]
+    def _lists_near(self, group: int) -> np.ndarray:
+        spans = [np.arange(self.groups[g], self.groups[g + 1]) for g in self._coarse[1][group]]
         return np.concatenate(spans)
 
     def near(self, chosen: int, most: int | None = None) -> np.ndarray:
@@ -83,14 +84,30 @@ class Lists:
 
     def assign(self, unit_md: np.ndarray) -> np.ndarray:
         """Return the list (m,) int32 whose centroid is nearest to each of the unit rows (m, d)."""
-        means, _ = self._coarse
-        group_m = (unit_md @ means.T - 0.5 * np.square(means).sum(axis=1)).argmax(axis=1)
-        chosen = np.empty(len(unit_md), np.int32)
-        for group in np.unique(group_m):
-            rows, lists = np.flatnonzero(group_m == group), self._lists_near(int(group), ASSIGN_GROUPS)
-            scores = unit_md[rows] @ self.centroids_md[lists].T - self._halves[lists]
-            chosen[rows] = lists[scores.argmax(axis=1)]
+        best_m, chosen = np.full(len(unit_md), -np.inf, np.float32), np.zeros(len(unit_md), np.int32)
+        for group_m in self._groups_near(unit_md):
+            order = np.argsort(group_m, kind="stable")
+            found, begin = np.unique(group_m[order], return_index=True)
+            for group, rows in zip(found, np.split(order, begin[1:]), strict=True):
+                start, stop = self.groups[group], self.groups[group + 1]
+                scores = taken(unit_md, rows) @ self.centroids_md[start:stop].T - self._halves[start:stop]
+                nearest = scores.argmax(axis=1)
+                values = scores[np.arange(len(rows)), nearest]
+                better = values > best_m[rows]
+                best_m[rows[better]], chosen[rows[better]] = values[better], start + nearest[better]
         return chosen
+
+    def _groups_near(self, unit_md: np.ndarray) -> np.ndarray:
+        """Return the groups (ASSIGN_GROUPS, m) whose means are nearest to each of the unit rows, nearest first."""
+        means, _ = self._coarse
+        halves = 0.5 * np.square(means).sum(axis=1)
+        near = np.empty((min(ASSIGN_GROUPS, len(means)), len(unit_md)), np.int16)
+        for start, stop in row_blocks(len(unit_md), ASSIGN_BLOCK):
+            scores, rows = unit_md[start:stop] @ means.T - halves, np.arange(stop - start)
+            for groups in near[:, start:stop]:
+                groups[:] = scores.argmax(axis=1)
+                scores[rows, groups] = -np.inf
+        return near
 
 
 def fit_lists(features_nd: np.ndarray, seed: int, workers: int, list_cells: int = LIST_CELLS) -> Lists:
