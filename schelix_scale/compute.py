@@ -7,14 +7,15 @@ import gc
 import os
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 from schelix_scale.config import Config
 from schelix_scale.errors import ConfigError
 
 MMAP_BYTES, ARENAS = 4 << 20, 2
 REUSED_MMAP_BYTES = 32 << 20  # above what is made again and again: mapping it each time is slow
+TURN_SECONDS = 1e-4
 TRIM_BYTES, REUSED_TRIM_BYTES = 128 << 10, 1 << 30  # free at the end of the heap, from which on it is given back
 
 
@@ -86,44 +87,82 @@ def limited_threads(threads: int) -> Iterator[None]:
         numba.set_num_threads(before)
 
 
-class _Reuse:
-    """How many contexts ask for memory to be used again."""
+class _Shared:
+    """A state of the process that lasts while any context is open, in each other or in several threads."""
 
-    def __init__(self) -> None:
-        self.depth, self.lock = 0, threading.Lock()
+    def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        self._begin, self._end = begin, end
+        self._depth, self._lock = 0, threading.Lock()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Begin it with the first context, and end it with the last."""
+        with self._lock:
+            self._depth += 1
+            if self._depth == 1:
+                self._begin()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+                if not self._depth:
+                    self._end()
 
 
-_reuse = _Reuse()
+def _set_heap(mmap_bytes: int, trim_bytes: int) -> None:
+    _set_mmap_bytes(mmap_bytes)
+    _set_trim_bytes(trim_bytes)
 
 
-@contextmanager
-def reused_memory() -> Iterator[None]:
+def _give_back() -> None:
+    _set_heap(MMAP_BYTES, TRIM_BYTES)
+    release_memory()
+
+
+_reuse = _Shared(lambda: _set_heap(REUSED_MMAP_BYTES, REUSED_TRIM_BYTES), _give_back)
+
+
+def reused_memory() -> AbstractContextManager[None]:
     """Let memory of one step or block be used again in the next, instead of `keep_memory_low`; give it back at the end.
 
     Given back after each, and mapped anew, page by page, in the next, it would take a third of the time of Align, and
     a fifth of that of a mapping or a search of neighbours. These contexts may be in each other, or in several threads.
     """
-    with _reuse.lock:
-        _reuse.depth += 1
-        if _reuse.depth == 1:
-            _set_mmap_bytes(REUSED_MMAP_BYTES)
-            _set_trim_bytes(REUSED_TRIM_BYTES)
-    try:
-        yield
-    finally:
-        with _reuse.lock:
-            _reuse.depth -= 1
-            last = not _reuse.depth
-            if last:
-                _set_mmap_bytes(MMAP_BYTES)
-                _set_trim_bytes(TRIM_BYTES)
-        if last:
-            release_memory()
+    return _reuse.held()
+
+
+class _Turns:
+    """How long a thread holds the interpreter's lock while another one waits for it, seconds."""
+
+    usual = 0.005
+
+    @classmethod
+    def shorten(cls) -> None:
+        cls.usual = sys.getswitchinterval()
+        sys.setswitchinterval(min(cls.usual, TURN_SECONDS))
+
+    @classmethod
+    def restore(cls) -> None:
+        sys.setswitchinterval(cls.usual)
+
+
+_turns = _Shared(_Turns.shorten, _Turns.restore)
+
+
+def short_turns() -> AbstractContextManager[None]:
+    """Let a thread that waits for the interpreter's lock have it within a tenth of a millisecond.
+
+    Python lets it wait for 5 ms, in which others compute a list of neighbours or a step of training: of two threads
+    that search neighbours, one stood still for a sixth of the time. These contexts may be in each other, or in several
+    threads.
+    """
+    return _turns.held()
 
 
 @contextmanager
 def torch_at_work(threads: int) -> Iterator[None]:
-    """Hold torch to ``threads`` threads, and let it use the memory of one step again in the next.
+    """Hold torch to ``threads`` threads, let it use the memory of one step again in the next, and take `short_turns`.
 
     Torch takes 180 MB, so it is not loaded before it is needed.
     """
@@ -132,7 +171,7 @@ def torch_at_work(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with reused_memory():
+        with reused_memory(), short_turns():
             yield
     finally:
         torch.set_num_threads(before)

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from schelix_scale._version import __version__
+from schelix_scale.compute import short_turns
 from schelix_scale.errors import ConfigError, RunError
 
 T = TypeVar("T")
@@ -53,7 +54,8 @@ def run_tasks(
         def call(part: T) -> None:
             advance(task(part))
 
-        compute(*[delayed(call, pure=False)(part) for part in parts], scheduler="threads", num_workers=workers)
+        with short_turns():
+            compute(*[delayed(call, pure=False)(part) for part in parts], scheduler="threads", num_workers=workers)
         return
     with connected(scheduler) as client:
         _run_on(client, scheduler, task, parts, advance)

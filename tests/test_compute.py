@@ -1,11 +1,16 @@
-"""Memory that was freed goes back to the system."""
+"""Memory that was freed goes back to the system; threads do not wait for each other longer than they must."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
+from schelix_scale.compute import TURN_SECONDS, short_turns
+from schelix_scale.scheduling import run_tasks
 
 CODE = """
 from concurrent.futures import ThreadPoolExecutor
@@ -64,3 +69,38 @@ def test_steps_of_a_training_use_the_same_memory_again() -> None:
     faults, given_back = map(int, done.stdout.split())
     assert faults < 1_000
     assert given_back > 8 << 20
+
+
+def test_turns_are_short_while_any_thread_asks_for_it() -> None:
+    usual, inside, left = sys.getswitchinterval(), threading.Event(), threading.Event()
+
+    def first() -> None:
+        with short_turns():
+            inside.set()
+            assert left.wait(60)
+        assert sys.getswitchinterval() == pytest.approx(TURN_SECONDS)  # the other thread is still at it
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(first)
+        assert inside.wait(60)
+        with short_turns(), short_turns():
+            assert sys.getswitchinterval() == pytest.approx(TURN_SECONDS)
+            left.set()
+            running.result()
+    assert sys.getswitchinterval() == usual
+
+
+def test_tasks_on_threads_take_short_turns() -> None:
+    usual, found = sys.getswitchinterval(), []
+
+    def task(part: int) -> int:
+        found.append(sys.getswitchinterval())
+        if part == 2:
+            raise ValueError("fails")
+        return 1
+
+    run_tasks(task, range(2), 2)
+    with pytest.raises(ValueError, match="fails"):
+        run_tasks(task, [2], 2)
+    assert found == pytest.approx([TURN_SECONDS] * 3)
+    assert sys.getswitchinterval() == usual
