@@ -34,14 +34,14 @@ class Probe:
 
     def __call__(self, span: tuple[int, int]) -> int:
         """Write the neighbours of the cells at ``span``; return how many cells those are."""
-        return self.search(span, *self.maps())
+        return self.search(span, CellIndex.open(self.index))
 
-    def maps(self) -> tuple[CellIndex]:
-        """Map what the cells of any span are compared with."""
-        return (CellIndex.open(self.index),)
+    def maps(self) -> tuple[()]:
+        """Map what is read at any position, but for the index."""
+        return ()
 
     def search(self, span: tuple[int, int], index: CellIndex) -> int:
-        """Do the task with ``maps`` that are open."""
+        """Do the task with an index that is open."""
         files = self.files
         neighbours, scores, fresh = files.neighbours(0, "r+"), files.scores(0, "r+"), files.fresh(0, "r+")
         near = NearLists(index, span, self.probes)
@@ -80,15 +80,15 @@ class Expand:
 
     def __call__(self, span: tuple[int, int]) -> int:
         """Write the neighbours of the cells at ``span``; return how many cells those are."""
-        return self.search(span, *self.maps())
+        return self.search(span, CellIndex.open(self.index), *self.maps())
 
-    def maps(self) -> tuple[CellIndex, np.ndarray, np.ndarray]:
-        """Map what the cells of any span are compared with: the index, neighbours, and which of those are fresh."""
+    def maps(self) -> tuple[np.ndarray, np.ndarray]:
+        """Map what is read at any position, but for the index: neighbours, and which of them are fresh."""
         last = self.number - 1
-        return CellIndex.open(self.index), self.files.neighbours(last), self.files.fresh(last)
+        return self.files.neighbours(last), self.files.fresh(last)
 
     def search(self, span: tuple[int, int], index: CellIndex, before: np.ndarray, fresh: np.ndarray) -> int:
-        """Do the task with ``maps`` that are open."""
+        """Do the task with an index that is open, and with `maps` or copies of them."""
         files, last = self.files, self.number - 1
         least = 0.0 if self.everything or self.number == 1 else LEAST_FRESH / 2 ** (self.number - 2)
         after, now_fresh = files.neighbours(self.number, "r+"), files.fresh(self.number, "r+")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -16,7 +16,7 @@ from typing import Self
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from schelix_scale.graph.vectors import cell_dtype, forget, positions_of, row_blocks, taken, unit_rows
+from schelix_scale.graph.vectors import cell_dtype, forget, in_memory, positions_of, row_blocks, taken, unit_rows
 from schelix_scale.publish import create_array
 from schelix_scale.scheduling import run_tasks
 
@@ -170,6 +170,10 @@ class CellIndex:
     def n_cells(self) -> int:
         """Number of cells, n."""
         return len(self.cells)
+
+    def in_memory(self) -> CellIndex:
+        """Return the same with the vectors in memory."""
+        return replace(self, vectors_nd=in_memory(self.vectors_nd))
 
     def positions(self) -> np.ndarray:
         """Return the position (n,) of each row number."""

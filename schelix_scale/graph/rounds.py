@@ -18,7 +18,7 @@ from schelix_scale.graph.descent import PROBES, Expand, Probe
 from schelix_scale.graph.found import SPAN, FoundFiles
 from schelix_scale.graph.lists import CellIndex
 from schelix_scale.graph.nearest import nearest_in_blocks
-from schelix_scale.graph.vectors import cell_dtype, forget, row_blocks, taken
+from schelix_scale.graph.vectors import cell_dtype, forget, in_memory, row_blocks, taken
 from schelix_scale.progress import Reporter
 from schelix_scale.publish import write_json
 from schelix_scale.scheduling import run_tasks
@@ -26,7 +26,7 @@ from schelix_scale.scheduling import run_tasks
 EXPAND = 30  # neighbours of a cell whose neighbours are looked at
 MAX_ROUNDS, LEAST_GAIN = 12, 0.002
 PILOT_CELLS, PILOT_BLOCK = 600, 300  # and how many are searched in a task
-HELD_SHARE = 0.4  # of the budget, for maps that are held
+HELD_SHARE = 0.4  # of the budget, for what is read at random positions
 ROUNDING = 2e-6  # of a product of two rows, computed among others
 ORDERED = 100_000  # cells a task: their neighbours lie all over the files, which each task maps anew
 STATE = "state.json"
@@ -100,8 +100,8 @@ def descend(
     probes
         How many lists are searched for each list at the start.
     budget
-        Bytes of memory. If there is room, what all tasks of a round read stays mapped, and counts as memory, until its
-        end: to map it anew for each task takes a tenth of the time.
+        Bytes of memory. If there is room, what is read at random positions is copied into memory: to map it anew for
+        each task, in small pages, takes a fifth of the time.
     least
         Rounds that are made whatever the pilot cells say, unless no further one can find anything.
 
@@ -109,15 +109,20 @@ def descend(
     -------
     The files of the search, and the number of its last round.
     """
-    files, pilot = FoundFiles(folder, index.n_cells, k, scheduler is not None), Pilot.search(index, k, seed, workers)
-    path = folder / STATE
+    files, path = FoundFiles(folder, index.n_cells, k, scheduler is not None), folder / STATE
     held = index.vectors_nd.itemsize * index.vectors_nd.shape[1] + k * (cell_dtype(index.n_cells).itemsize + 1)
+    hold = scheduler is None and files.n_cells * held <= HELD_SHARE * budget
+    if hold:
+        index = index.in_memory()
+    pilot = Pilot.search(index, k, seed, workers)
 
     def go(name: str, task: Probe | Expand) -> None:
         with reporter.stage(name, index.n_cells) as progress:
-            if scheduler is None and files.n_cells * held <= HELD_SHARE * budget:
-                maps = task.maps()
-                run_tasks(lambda span: task.search(span, *maps), files.spans(), workers, None, progress.advance)
+            if hold:
+                copies = [in_memory(one) for one in task.maps()]
+                run_tasks(
+                    lambda span: task.search(span, index, *copies), files.spans(), workers, None, progress.advance
+                )
             else:
                 run_tasks(task, files.spans(), workers, scheduler, progress.advance)
 

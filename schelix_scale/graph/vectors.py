@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-BLOCK_CELLS = 20_000
+BLOCK_CELLS, COPIED_ROWS = 20_000, 200_000
 
 
 def unit_rows(features_nd: np.ndarray) -> np.ndarray:
@@ -23,6 +23,18 @@ def taken(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
     Four times quicker than indexing where rows are short, and without the interpreter's lock.
     """
     return np.asarray(array.take(rows, axis=0))
+
+
+def in_memory(array: np.ndarray) -> np.ndarray:
+    """Copy a memory map into memory, and let go of its pages.
+
+    NumPy asks for large pages, with which rows at random positions are taken in two thirds of the time.
+    """
+    copy = np.empty(array.shape, array.dtype)
+    for start, stop in row_blocks(len(array), COPIED_ROWS):
+        copy[start:stop] = array[start:stop]
+        forget(array)
+    return copy
 
 
 def row_blocks(n_rows: int, block: int = BLOCK_CELLS) -> Iterator[tuple[int, int]]:
