@@ -186,6 +186,7 @@ class _Builder:
         self, index: CellIndex, out: list[np.memmap], attempt: int, method: str, start: Begin | None
     ) -> tuple[Audit, int]:
         """Search and measure, with further rounds while too little was found; return the audit and the last round."""
+        room = self.budget if method == "ivf" else 0  # beside the process of pynndescent nothing is held
 
         def search(least: int) -> tuple[FoundFiles, int]:
             return descend(
@@ -200,13 +201,13 @@ class _Builder:
                 self.scheduler,
                 self._by_pynndescent(attempt) if method == "pynndescent" else start,
                 PROBES * MORE_PROBES**attempt,
-                self.budget if method == "ivf" else 0,  # beside the process of pynndescent nothing is held
+                room,
                 least,
             )
 
         files, number = search(0)
         while True:
-            in_cell_order(index, files, number, out, self.threads)
+            in_cell_order(index, files, number, out, self.threads, room)
             for array in out:
                 array.flush()
             found = Neighbors(out[0], out[1], method)

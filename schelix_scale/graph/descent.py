@@ -20,7 +20,7 @@ from schelix_scale.graph.nearest import BLOCK_CANDIDATES, distinct, nearest_amon
 from schelix_scale.graph.vectors import row_blocks, taken
 
 PROBES = 128  # lists that are searched for each list
-LEAST_FRESH = 0.18  # share of fresh neighbours in a list that the second round looks at; the next ones halve it
+LEAST_FRESH = 0.2  # share of fresh neighbours in a list that the second round looks at; the next ones halve it
 GROUP_CELLS = 256  # cells of a list that are searched for at once
 
 

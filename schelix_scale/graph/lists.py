@@ -23,7 +23,7 @@ from schelix_scale.scheduling import run_tasks
 LIST_CELLS, MAX_LISTS = 64, 65_536
 SAMPLE_A_LIST, ROUNDS = 20, 8
 SAMPLE_A_GROUP = 256
-NEAR_GROUPS, ASSIGN_GROUPS = 12, 4  # groups that are looked through for the lists near a list, and for that of a cell
+NEAR_GROUPS, ASSIGN_GROUPS = 12, 3  # groups that are looked through for the lists near a list, and for that of a cell
 MIN_CANDIDATES = 256
 ASSIGN_CELLS, WRITE_CELLS = 100_000, 100_000
 ASSIGN_BLOCK = 8_192  # cells that are compared with all groups at once
@@ -119,7 +119,8 @@ def fit_lists(features_nd: np.ndarray, seed: int, workers: int, list_cells: int 
     wanted = min(MAX_LISTS, max(1, n // list_cells))
     rng = np.random.default_rng([seed, 0x115])
     size = min(n, SAMPLE_A_LIST * wanted)
-    sample = unit_rows(features_nd[np.sort(rng.choice(n, size, replace=False))])
+    sample = unit_rows(taken(features_nd, np.sort(rng.choice(n, size, replace=False))))
+    group_s = np.empty(size, np.int32)
 
     def cluster(rows: np.ndarray, k: int) -> KMeans:
         return KMeans(k, init="random", n_init=1, max_iter=ROUNDS, random_state=seed).fit(rows)
@@ -127,16 +128,22 @@ def fit_lists(features_nd: np.ndarray, seed: int, workers: int, list_cells: int 
     n_groups = max(1, round(wanted**0.5))
     parts: list[np.ndarray] = [np.empty(0)] * n_groups
 
+    def place(span: tuple[int, int]) -> int:
+        with threadpool_limits(1, user_api="openmp"):  # limits of OpenMP hold for the thread that sets them
+            group_s[slice(*span)] = groups.predict(sample[slice(*span)])
+        return span[1] - span[0]
+
     def split(group: int) -> int:
         rows = sample[group_s == group]
         k = min(len(rows), max(1, round(wanted * len(rows) / size)))
-        with threadpool_limits(1, user_api="openmp"):  # limits of OpenMP hold for the thread that sets them
+        with threadpool_limits(1, user_api="openmp"):
             parts[group] = cluster(rows, k).cluster_centers_.astype(np.float32) if k else rows
         return len(rows)
 
     with warnings.catch_warnings():  # identical cells make fewer clusters: a list without cells does no harm
         warnings.simplefilter("ignore", ConvergenceWarning)
-        group_s = cluster(sample[:: max(1, size // (SAMPLE_A_GROUP * n_groups))], n_groups).predict(sample)
+        groups = cluster(sample[:: max(1, size // (SAMPLE_A_GROUP * n_groups))], n_groups)
+        run_tasks(place, list(row_blocks(size, ASSIGN_CELLS)), workers)
         run_tasks(split, range(n_groups), workers)
     parts = [part for part in parts if len(part)]
     return Lists(np.concatenate(parts), np.cumsum([0, *map(len, parts)]))

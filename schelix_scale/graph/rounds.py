@@ -177,16 +177,24 @@ def start_from(indices_nk: np.ndarray) -> Callable[[CellIndex, FoundFiles], None
     return begin
 
 
-def in_cell_order(index: CellIndex, files: FoundFiles, number: int, out: Sequence[np.ndarray], workers: int) -> None:
-    """Write the neighbours of a round by row number into two (n, k) arrays: row numbers and cosine distances."""
-    indices, distances = out
-    positions, neighbours, scores = index.positions(), files.neighbours(number), files.scores(number)
+def in_cell_order(
+    index: CellIndex, files: FoundFiles, number: int, out: Sequence[np.ndarray], workers: int, budget: int = 0
+) -> None:
+    """Write the neighbours of a round by row number into two (n, k) arrays: row numbers and cosine distances.
 
-    def write(span: tuple[int, int]) -> int:
-        here = positions[slice(*span)]
-        indices[slice(*span)] = index.cells[taken(neighbours, here)]
-        distances[slice(*span)] = np.maximum(1 - taken(scores, here), 0)
-        forget(indices, distances, neighbours, scores)
-        return len(here)
+    Each of the two is copied into memory before, if the budget of bytes has room: see `descend`.
+    """
+    positions = index.positions()
 
-    run_tasks(write, list(row_blocks(index.n_cells, ORDERED)), workers)
+    def write(found: np.ndarray, to: np.ndarray, of: Callable[[np.ndarray], np.ndarray]) -> None:
+        read = in_memory(found) if found.nbytes <= HELD_SHARE * budget else found
+
+        def write_rows(span: tuple[int, int]) -> int:
+            to[slice(*span)] = of(taken(read, positions[slice(*span)]))
+            forget(to, read)
+            return span[1] - span[0]
+
+        run_tasks(write_rows, list(row_blocks(index.n_cells, ORDERED)), workers)
+
+    write(files.neighbours(number), out[0], lambda rows: index.cells[rows])
+    write(files.scores(number), out[1], lambda rows: np.maximum(1 - rows, 0))

@@ -127,11 +127,11 @@ def test_a_search_that_ended_stays_ended(
         np.testing.assert_array_equal(got, expected)
 
 
-@pytest.mark.parametrize(("budget", "opened"), [(LOTS, 2), (0, 4)], ids=["room", "no room"])
-def test_maps_are_held_while_the_budget_has_room(
+@pytest.mark.parametrize(("budget", "opened"), [(LOTS, 0), (0, 4)], ids=["room", "no room"])
+def test_what_is_read_anywhere_is_in_memory_while_the_budget_has_room(
     features_nd: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int, opened: int
 ) -> None:
-    """Two tasks for the lists and two for the round open the index once each, or share it; both find the same."""
+    """Two tasks for the lists and two for the round open maps each, or share copies in memory; both find the same."""
     monkeypatch.setattr(found, "SPANS_A_TASK", 1)
     index = CellIndex.build(features_nd, tmp_path / "index", 0, 2)
     calls: list[Path] = []
@@ -141,9 +141,18 @@ def test_maps_are_held_while_the_budget_has_room(
         calls.append(folder)
         return original(folder)
 
+    looked_at: list[bool] = []
+
+    def watched(task: Expand, span: tuple[int, int], *read: Any) -> int:
+        looked_at.extend(isinstance(array, np.memmap) for array in (read[0].vectors_nd, *read[1:]))
+        return search(task, span, *read)
+
+    search = Expand.search
     monkeypatch.setattr(CellIndex, "open", counted)
+    monkeypatch.setattr(Expand, "search", watched)
     files, number = descend(index, K, tmp_path / "found", 0, 1.1, 0.0, 2, QuietReporter(), probes=2, budget=budget)
     assert (number, len(files.spans()), len(calls)) == (1, 2, opened)
+    assert looked_at == [opened > 0] * 6  # of two tasks
     for task in (Probe(index.folder, files, 2), Expand(index.folder, files, 1, rounds.EXPAND, probes=2)):
         round_number = getattr(task, "number", 0)
         before = np.array(files.neighbours(round_number))
