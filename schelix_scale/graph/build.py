@@ -48,7 +48,6 @@ def build_neighbors(
     reporter: Reporter | None = None,
     scheduler: str | None = None,
     search: SearchProcess | None = None,
-    start: Begin | None = None,
 ) -> tuple[Neighbors, Audit]:
     """Find the ``config.k`` nearest other cells of every cell by cosine, and measure how many were found.
 
@@ -68,8 +67,6 @@ def build_neighbors(
         A dask.distributed cluster for the tasks; else threads of this process.
     search
         A process in which pynndescent has compiled already; it is ended with the search.
-    start
-        Writes neighbours to start from (`rounds.start_from`), for the method ivf.
 
     Returns
     -------
@@ -92,7 +89,7 @@ def build_neighbors(
         return exact, _required(audit_recall(features_nd, exact, config.audit_cells, seed, threads), config)
     made_from = {
         "features": content,
-        "settings": [n, k, method, seed, config.min_recall, config.audit_cells, start is not None],
+        "settings": [n, k, method, seed, config.min_recall, config.audit_cells],
         "circumstances": circumstances(features_nd.shape, config, threads, budget),
         **search_version(method),
     }
@@ -109,7 +106,7 @@ def build_neighbors(
             builder = _Builder(
                 features_nd, folder, config, seed, threads, budget, reporter, scheduler, search, processes
             )
-            audit = builder.build(method, start)
+            audit = builder.build(method)
     indices, distances = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("indices", "distances"))
     neighbors = Neighbors(indices, distances, method)
     audit = audit or audit_recall(features_nd, neighbors, config.audit_cells, seed, threads)
@@ -163,7 +160,7 @@ class _Builder:
         self.aim = (1 + config.min_recall) / 2
         self.enough = config.min_recall + 0.1 * (1 - config.min_recall)  # the pilot's error, roughly, above the least
 
-    def build(self, method: str, start: Begin | None) -> Audit:
+    def build(self, method: str) -> Audit:
         """Search, measure, and search again more widely if that was not enough."""
         index = self._index()
         names = "indices", "distances"
@@ -171,7 +168,7 @@ class _Builder:
         shape = (index.n_cells, self.config.k)
         out = [create_array(self.folder / f"{name}.npy", shape, kind) for name, kind in zip(names, kinds, strict=True)]
         for attempt in range(ATTEMPTS):
-            audit, number = self._attempt(index, out, attempt, method, start if attempt == 0 else None)
+            audit, number = self._attempt(index, out, attempt, method)
             if audit.recall >= self.config.min_recall or attempt + 1 == ATTEMPTS:
                 break
             self.reporter.warn(f"{self._too_few(audit)}; it is repeated more widely")
@@ -182,9 +179,7 @@ class _Builder:
             shutil.rmtree(left)
         return audit
 
-    def _attempt(
-        self, index: CellIndex, out: list[np.memmap], attempt: int, method: str, start: Begin | None
-    ) -> tuple[Audit, int]:
+    def _attempt(self, index: CellIndex, out: list[np.memmap], attempt: int, method: str) -> tuple[Audit, int]:
         """Search and measure, with further rounds while too little was found; return the audit and the last round."""
         room = self.budget if method == "ivf" else 0  # beside the process of pynndescent nothing is held
 
@@ -199,7 +194,7 @@ class _Builder:
                 tasks_at_once(self.threads, self.budget),
                 self.reporter,
                 self.scheduler,
-                self._by_pynndescent(attempt) if method == "pynndescent" else start,
+                self._by_pynndescent(attempt) if method == "pynndescent" else None,
                 PROBES * MORE_PROBES**attempt,
                 room,
                 least,

@@ -19,7 +19,7 @@ import numpy as np
 
 from schelix_scale.config import GraphConfig
 from schelix_scale.graph.audit import Audit
-from schelix_scale.graph.build import Begin, build_neighbors, circumstances
+from schelix_scale.graph.build import build_neighbors, circumstances
 from schelix_scale.graph.diffusion import diffuse
 from schelix_scale.graph.knn import Neighbors
 from schelix_scale.graph.operator import Operator, build_operator
@@ -96,7 +96,6 @@ class OperatorCache:
         name: str = "search",
         reporter: Reporter | None = None,
         search: SearchProcess | None = None,
-        start: Begin | None = None,
     ) -> tuple[Neighbors, Audit]:
         """Search and audit neighbours of (n, d) features; see `build.build_neighbors`.
 
@@ -117,7 +116,6 @@ class OperatorCache:
             reporter,
             self.scheduler,
             search,
-            start,
         )
 
     def operator(self, neighbors: Neighbors) -> Operator:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from schelix_scale.graph.descent import PROBES, Expand, Probe
-from schelix_scale.graph.found import SPAN, FoundFiles
+from schelix_scale.graph.found import FoundFiles
 from schelix_scale.graph.lists import CellIndex
 from schelix_scale.graph.nearest import nearest_in_blocks
 from schelix_scale.graph.vectors import cell_dtype, forget, in_memory, row_blocks, taken
@@ -157,24 +157,6 @@ def descend(
         everything = now - recall < LEAST_GAIN
         keep(number, now, expand * 2 if everything else expand, everything, everything and expand >= k)
     return files, int(state["round"])
-
-
-def start_from(indices_nk: np.ndarray) -> Callable[[CellIndex, FoundFiles], None]:
-    """Return what starts a search from known neighbours, (n, k) row numbers, such as those of other features."""
-
-    def begin(index: CellIndex, files: FoundFiles) -> None:
-        neighbours, scores, fresh = files.neighbours(0, "r+"), files.scores(0, "r+"), files.fresh(0, "r+")
-        positions = index.positions()
-        for start, stop in row_blocks(index.n_cells, SPAN):
-            found = positions[taken(indices_nk, index.cells[start:stop])]
-            near = taken(index.vectors_nd, found)
-            values = np.einsum("qd,qkd->qk", index.vectors_nd[start:stop], near)
-            order = np.argsort(-values, axis=1, kind="stable")
-            neighbours[start:stop] = np.take_along_axis(found, order, axis=1)
-            scores[start:stop] = np.take_along_axis(values, order, axis=1)
-            fresh[start:stop] = True
-
-    return begin
 
 
 def in_cell_order(

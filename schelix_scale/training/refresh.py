@@ -11,7 +11,6 @@ from schelix_scale.config import TrainConfig
 from schelix_scale.graph.cache import OperatorCache, operator_id
 from schelix_scale.graph.knn import choose_method
 from schelix_scale.graph.operator import blend, jaccard
-from schelix_scale.graph.rounds import start_from
 from schelix_scale.graph.scratch import content_hash
 from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.model.streams import DualStream, Latent
@@ -96,8 +95,7 @@ class Refresh:
         if self.cache.has(name):
             return open_features(self.cache, name)
         self.reporter.say("refresh: neighbours of the current Anchor latents")
-        start = start_from(features.operator.indices_nk) if method == "ivf" else None
-        neighbors, audit = self.cache.find(latent, self.seed, self.threads, name, self.reporter, start=start)
+        neighbors, audit = self.cache.find(latent, self.seed, self.threads, name, self.reporter)
         self.reporter.say(f"neighbour recall {audit}")
         fresh = self.cache.operator(neighbors)
         rng = np.random.default_rng([self.seed, 0x1ACC])

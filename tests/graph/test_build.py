@@ -19,7 +19,7 @@ from schelix_scale.graph.found import FoundFiles
 from schelix_scale.graph.knn import Neighbors
 from schelix_scale.graph.lists import CellIndex
 from schelix_scale.graph.partitions import Breadth
-from schelix_scale.graph.rounds import descend, start_from
+from schelix_scale.graph.rounds import descend, in_cell_order
 from schelix_scale.graph.vectors import cell_dtype
 from schelix_scale.progress import QuietReporter
 from tests.synthetic import gaussian_cells
@@ -210,16 +210,26 @@ def test_tasks_at_once_fit_into_the_budget() -> None:
 def test_neighbours_of_neighbours_repair_a_poor_start(
     features_nd: np.ndarray, exact: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
-    """From neighbours of which half are random cells; as the graph of slightly other features would be."""
-    start = exact[1].copy()
-    rng = np.random.default_rng(0)
-    start[:, ::2] = rng.integers(0, N, start[:, ::2].shape)
-    for row in range(N):
-        others = np.setdiff1d(np.arange(row - 60, row + 60) % N, [row])
-        distinct = list(dict.fromkeys(int(j) for j in start[row] if j != row))
-        start[row] = (distinct + [j for j in others.tolist() if j not in distinct])[:K]
-    found, _ = build_neighbors(features_nd, tmp_path, IVF, 0, 2, LOTS, start=start_from(start))
-    assert recall(found, features_nd, exact) >= 0.95
+    """From one of every two of the neighbours, and cells anywhere."""
+    index = CellIndex.build(features_nd, tmp_path / "index", 0, 2)
+    position_n, rng = np.argsort(index.cells), np.random.default_rng(0)
+
+    def begin(index: CellIndex, files: FoundFiles) -> None:
+        for position, row in enumerate(index.cells):
+            near = position_n[exact[1][row, ::2]]
+            near = near[near != position]  # among more equal cells than neighbours, any may be named
+            others = np.setdiff1d(rng.permutation(N), [position, *near])
+            found = np.concatenate([near, rng.choice(others, K - len(near), replace=False)])
+            scores = index.vectors_nd[found] @ index.vectors_nd[position]
+            order = np.argsort(-scores)
+            files.neighbours(0, "r+")[position], files.scores(0, "r+")[position] = found[order], scores[order]
+        files.fresh(0, "r+")[:] = True
+
+    files, number = descend(index, K, tmp_path / "found", 0, 0.96, 0.96, 2, QuietReporter(), start=begin)
+    assert number > 0
+    out = np.empty((N, K), np.int32), np.empty((N, K), np.float32)
+    in_cell_order(index, files, number, out, 2)
+    assert recall(Neighbors(*out, "ivf"), features_nd, exact) >= 0.95
 
 
 def test_a_low_recall_makes_the_search_go_wider(
