@@ -92,7 +92,7 @@ class _Shared:
 
     def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
         self._begin, self._end = begin, end
-        self._depth, self._lock = 0, threading.Lock()
+        self._depth, self._lock = 0, threading.RLock()  # what ends it may collect garbage that ends another context
 
     @contextmanager
     def held(self) -> Iterator[None]:
