@@ -100,8 +100,8 @@ def descend(
     probes
         How many lists are searched for each list at the start.
     budget
-        Bytes of memory. If there is room, what is read at random positions is copied into memory: to map it anew for
-        each task, in small pages, takes a fifth of the time.
+        Bytes of memory. If there is room, what is read at random positions is copied into memory, where large
+        pages make it quicker; else each task maps it anew.
     least
         Rounds that are made whatever the pilot cells say, unless no further one can find anything.
 

@@ -28,7 +28,7 @@ def taken(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def in_memory(array: np.ndarray) -> np.ndarray:
     """Copy a memory map into memory, and let go of its pages.
 
-    NumPy asks for large pages, with which rows at random positions are taken in two thirds of the time.
+    NumPy asks for large pages, from which rows at random positions are taken more quickly.
     """
     copy = np.empty(array.shape, array.dtype)
     for start, stop in row_blocks(len(array), COPIED_ROWS):
