@@ -61,6 +61,7 @@ def totals(rows: Sequence[Row]) -> str:
         cells = [_bold(value, best[i]) for i, value in enumerate(table[name])]
         cells += [_bold(means[name], best_mean), *(cell("total", value).strip() for value in guards[name])]
         lines.append(_line([_named(name), *cells]))
+    lines += _of_starts(sets.values(), methods)
     peers = [name for name in methods if _is_peer(name)]
     if peers and DEFAULT in methods:
         best_peers = [_best(peers, [table[name][i] for name in peers]) for i in range(len(sets))]
@@ -72,6 +73,17 @@ def totals(rows: Sequence[Row]) -> str:
             _line(["schelix - best peer", *(cell("total", g, "+").strip() for g in gaps), *([""] * len(_GUARDS))])
         )
     return "\n".join(lines)
+
+
+def _of_starts(sets: Iterable[Sequence[Row]], methods: Sequence[str]) -> list[str]:
+    """Return the lines of totals whose k-means has several starts, of the methods for which these are known."""
+    sets, lines = list(sets), []
+    for name in methods:
+        values = [_mean([row for row in group if row["method"] == name], "total_of_starts") for group in sets]
+        if any(value is not None for value in values):
+            cells = [cell("total", value).strip() for value in [*values, _mean_of(values)]]
+            lines.append(_line([f"{_named(name)}, k-means of several starts", *cells, *([""] * len(_GUARDS))]))
+    return lines
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -16,6 +16,7 @@ from _code import code_digest
 from _guards import GUARD_LIBRARIES, guard_files
 from _machine import versions_of
 from _scores import SCORE_LIBRARIES, count_cells, score_files
+from _starts import START_LIBRARIES, start_files
 from _tasks import Outcome, Task, TaskFailed
 
 Run = tuple[str, int]  # method and seed
@@ -85,6 +86,7 @@ def solve(
     scorer: Executor,
     scratch: Path,
     cache: Cache,
+    n_starts: int = 0,
 ) -> tuple[list[dict[str, Any]], int]:
     """Run all methods with all seeds and score them; return a row an embedding, and how many runs failed.
 
@@ -96,6 +98,8 @@ def solve(
         Where scoring is done.
     scratch
         Empty directory for embeddings and logs.
+    n_starts
+        Starts of k-means whose scores are kept beside the others, for embeddings and backbones, not for streams.
 
     Raises
     ------
@@ -111,12 +115,11 @@ def solve(
     files = [outcomes[run].embeddings[name] for run, name in names]
     reference = outcomes[REFERENCE].embeddings["pca"]
     say(f"  scoring {len(names)} embeddings")
+    known = {"data": cache.digest(str(problem.data)), "batch_key": problem.batch_key, "label_key": problem.label_key}
     found = []
     for function, libraries in ((score_files, SCORE_LIBRARIES), (guard_files, GUARD_LIBRARIES)):
         what = {
-            "data": cache.digest(str(problem.data)),
-            "batch_key": problem.batch_key,
-            "label_key": problem.label_key,
+            **known,
             "reference": cache.digest(reference),
             "versions": versions_of(libraries),
             "code": code_digest(function),
@@ -128,12 +131,23 @@ def solve(
         {**shared, "method": name, "seed": run[1], **_run_facts(outcomes[run]), "metrics": metrics, "guards": guards}
         for (run, name), metrics, guards in zip(names, *found, strict=True)
     ]
+    if n_starts:
+        whole = [i for i, (_, name) in enumerate(names) if name.partition(":")[2] in ("", "backbone")]
+        say(f"  k-means from {n_starts} starts of {len(whole)} embeddings")
+        what = {**known, "n": n_starts, "versions": versions_of(START_LIBRARIES), "code": code_digest(start_files)}
+        compute = functools.partial(_ask_starts, scorer, labels, n_starts)
+        for i, starts in zip(whole, cache.scores(what, [files[i] for i in whole], compute), strict=True):
+            rows[i]["starts"] = starts
     return rows, failed
 
 
 def ask(scorer: Executor, function: Callable[..., Any], *arguments: Any) -> Any:
     """Return what a function returns that is called in the process of the scorer."""
     return scorer.submit(function, *arguments).result()
+
+
+def _ask_starts(scorer: Executor, labels: Sequence[str], n_starts: int, files: Sequence[str]) -> Any:
+    return ask(scorer, start_files, *labels, files, n_starts)
 
 
 def _run_facts(outcome: Outcome) -> dict[str, Any]:

@@ -91,6 +91,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--again", action="store_true", help="run the methods even when kept, and keep the new runs")
     parser.add_argument("--fill", action="store_true", help="run what is not in the cache yet, and score nothing")
     parser.add_argument(
+        "--starts", type=int, default=0, metavar="N", help="also keep the scores of k-means from N starts (default: 0)"
+    )
+    parser.add_argument(
         "--readme", action="store_true", help="write tables of all results in the JSON files into the README beside"
     )
     return parser
@@ -128,6 +131,8 @@ def check(arguments: argparse.Namespace) -> list[str]:
     methods = chosen_methods(arguments)
     if arguments.seeds < 1:
         raise UsageError(f"--seeds {arguments.seeds}: at least 1 is needed")
+    if arguments.starts < 0:
+        raise UsageError(f"--starts {arguments.starts}: 0 or more")
     if importlib.util.find_spec("scib_metrics") is None:
         raise UsageError("scib-metrics is not installed. Install it: pip install -c constraints.txt -e '.[benchmark]'")
     for method in ["schelix", *methods]:
@@ -208,7 +213,7 @@ def run_all(arguments: argparse.Namespace, todo: Sequence[Problem], methods: Seq
                         rows = study_split(problem, arguments.seeds, arguments.set, scorer, Path(scratch), cache)
                         keep([{**row, **about} for row in rows], split_table, split_out)
                         continue
-                    rows, failed = solve(*asked, scorer, Path(scratch), cache)
+                    rows, failed = solve(*asked, scorer, Path(scratch), cache, arguments.starts)
             except BrokenProcessPool:
                 say("FAILED: the scoring process was killed; often the system is short of memory")
                 return failures + 1

@@ -133,13 +133,17 @@ def test_pca_and_harmony_are_run_scored_and_kept(tmp_path: Path, capsys: pytest.
     data, out = tmp_path / "made_up.h5ad", tmp_path / "quality.json"
     made_up(data)
     common = [str(data), "--cache", str(tmp_path / "cache"), "-o", str(out)]
-    assert quality.main([*common, "--methods", "pca,harmony", "--seeds", "2"]) == 0
+    assert quality.main([*common, "--methods", "pca,harmony", "--seeds", "2", "--starts", "3"]) == 0
     rows = json.loads(out.read_text())["rows"]
     assert [(row["method"], row["seed"]) for row in rows] == [("pca", 0), ("pca", 1), ("harmony", 0), ("harmony", 1)]
     for row in rows:
         metrics = row["metrics"]
         assert (row["n_cells"], row["n_batches"], row["n_labels"]) == (240, 2, 3)
         assert metrics["total"] == pytest.approx(0.6 * metrics["bio"] + 0.4 * metrics["batch"])
+        starts = row["starts"]
+        assert [len(values) for values in starts.values()] == [3, 3]
+        assert starts["nmi"][0] == pytest.approx(metrics["nmi_ari_cluster_labels_kmeans_nmi"])
+        assert starts["ari"][0] == pytest.approx(metrics["nmi_ari_cluster_labels_kmeans_ari"])
         assert row["seconds"] > 0
         assert 50 < row["peak_mb"] < 5_000
         assert row["versions"]["scib-metrics"]

@@ -86,7 +86,8 @@ def test_the_readme_section_is_replaced_and_the_rest_stays(tmp_path: Path) -> No
     table = table_of(text.partition("### All scores")[2])
     assert {len(cells) for cells in table} == {len(_report.COLUMNS) + 4}
     assert table[2][:4] == ["kang (batch)", "1,200", "pca", "1"]
-    assert [cells[-5] for cells in table[2:]] == ["0.500", "**0.700 ± 0.071**"]
+    total = table[0].index("total")
+    assert [cells[total] for cells in table[2:]] == ["0.500", "**0.700 ± 0.071**"]
     assert text.splitlines()[-4] == (
         "- 2025-01-02, commit 0123456789 with uncommitted changes: A CPU, 2 cores, 8 GB, Python 3.11.7, "
         "Linux x86_64; scib-metrics 0.5.10; schelix with graph.k=9"
@@ -112,6 +113,18 @@ def test_totals_name_the_best_peer_and_the_gap() -> None:
     assert table["best peer"][:3] == ["harmony", "pca", "harmony"]
     assert table["schelix - best peer"][:3] == ["+0.100", "-0.100", "+0.050"]
     assert "schelix:anchor" not in table
+
+
+def test_totals_of_several_starts_take_their_means_of_nmi_and_ari() -> None:
+    # NMI and ARI are .25 with one start; .45 and .75 on average are .7 more, of which a fifth of .6 goes into the total
+    starts = {"nmi": [0.3, 0.6], "ari": [0.7, 0.8]}
+    rows = [row("schelix", 0.5, starts=starts), row("schelix", 0.6, seed=1, starts=starts), row("harmony", 0.4)]
+    table = {cells[0]: cells[1:] for cells in table_of(_readme.totals(rows))}
+    assert table["schelix, k-means of several starts"] == ["0.634", "0.634", "", "", ""]
+    assert not any(name.startswith("harmony,") for name in table)
+    # a data set without isolated labels: a fourth
+    metrics = {**rows[0]["metrics"], "isolated_labels": None}
+    assert _report.total_of_starts({**rows[0], "metrics": metrics}) == pytest.approx(0.5 + 0.6 * 0.7 / 4)
 
 
 def test_a_guard_is_averaged_over_the_sets_that_have_it() -> None:
