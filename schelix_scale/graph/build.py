@@ -34,6 +34,7 @@ from schelix_scale.publish import create_array, sync, write_json
 
 ATTEMPTS = 2
 MORE_PROBES = 8
+MANY_CELLS, GROWTH = 1_000_000, 1 / 6  # above so many cells more lists are searched at the start, by this power
 TASK_BYTES, TASK_SHARE = 150_000_000, 0.5  # of a task of the method ivf, and of the budget for all that run at once
 Begin = Callable[[CellIndex, FoundFiles], None]
 
@@ -133,6 +134,11 @@ def tasks_at_once(threads: int, budget: int) -> int:
     return max(1, min(threads, int(TASK_SHARE * budget) // TASK_BYTES))
 
 
+def probes_at_start(n_cells: int) -> int:
+    """Return how many lists are searched for each list: of more cells they find fewer of the neighbours."""
+    return round(PROBES * max(1.0, n_cells / MANY_CELLS) ** GROWTH)
+
+
 def _required(audit: Audit, config: GraphConfig) -> Audit:
     require_recall(audit, config.min_recall)
     return audit
@@ -195,7 +201,7 @@ class _Builder:
                 self.reporter,
                 self.scheduler,
                 self._by_pynndescent(attempt) if method == "pynndescent" else None,
-                PROBES * MORE_PROBES**attempt,
+                probes_at_start(index.n_cells) * MORE_PROBES**attempt,
                 room,
                 least,
             )

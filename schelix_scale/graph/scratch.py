@@ -15,7 +15,7 @@ from schelix_scale.errors import GraphError
 from schelix_scale.graph.vectors import forget, row_blocks
 from schelix_scale.publish import remove, write_json
 
-SEARCH = 8  # raised when searches find something else
+SEARCH = 9  # raised when searches find something else
 LIBRARIES = {
     "exact": ("numpy", "scikit-learn", "scipy"),
     "ivf": ("numpy", "scikit-learn", "scipy"),

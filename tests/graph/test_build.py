@@ -207,6 +207,10 @@ def test_tasks_at_once_fit_into_the_budget() -> None:
     assert tasks_at_once(8, 1) == 1
 
 
+def test_more_lists_are_searched_among_more_cells() -> None:
+    assert [build.probes_at_start(n) for n in (1_000, 1_000_000, 5_000_000, 64_000_000)] == [128, 128, 167, 256]
+
+
 def test_neighbours_of_neighbours_repair_a_poor_start(
     features_nd: np.ndarray, exact: tuple[np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
