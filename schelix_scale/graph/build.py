@@ -35,6 +35,7 @@ from schelix_scale.publish import create_array, sync, write_json
 ATTEMPTS = 2
 MORE_PROBES = 8
 MANY_CELLS, GROWTH = 1_000_000, 1 / 6  # above so many cells more lists are searched at the start, by this power
+SETTLED = 0.02  # and lists need no round in which the last lists brought less than this share of the neighbours
 TASK_BYTES, TASK_SHARE = 150_000_000, 0.5  # of a task of the method ivf, and of the budget for all that run at once
 Begin = Callable[[CellIndex, FoundFiles], None]
 
@@ -202,6 +203,7 @@ class _Builder:
                 self.scheduler,
                 self._by_pynndescent(attempt) if method == "pynndescent" else None,
                 probes_at_start(index.n_cells) * MORE_PROBES**attempt,
+                SETTLED if index.n_cells > MANY_CELLS else 0.0,
                 room,
                 least,
             )

@@ -21,16 +21,27 @@ from schelix_scale.graph.vectors import row_blocks, taken
 
 PROBES = 128  # lists that are searched for each list
 LEAST_FRESH = 0.2  # share of fresh neighbours in a list that the second round looks at; the next ones halve it
+LATE = 5  # the last fifth of the cells that are searched for a list
 GROUP_CELLS = 256  # cells of a list that are searched for at once
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A task: search the lists near each list of a span of positions."""
+    """A task: search the lists near each list of a span of positions.
+
+    Attributes
+    ----------
+    probes
+        How many lists are searched for each.
+    settled
+        A list is left alone by rounds, as if it had no fresh neighbours, if a smaller share of its neighbours than this
+        was found in the last fifth of the cells that were searched: there is little that it lacks.
+    """
 
     index: Path
     files: FoundFiles
     probes: int
+    settled: float = 0.0
 
     def __call__(self, span: tuple[int, int]) -> int:
         """Write the neighbours of the cells at ``span``; return how many cells those are."""
@@ -49,7 +60,8 @@ class Probe:
             candidates = index.in_lists(chosen, near.of(chosen), files.k)
             columns, values = nearest_among(index.vectors_nd[start:stop], index.vectors_nd, candidates, files.k, start)
             neighbours[start:stop], scores[start:stop] = candidates[columns], values
-        fresh[slice(*span)] = True
+            late = np.mean(columns >= len(candidates) - len(candidates) // LATE)
+            fresh[start:stop] = late >= self.settled
         files.written(neighbours, scores, fresh)
         return span[1] - span[0]
 
@@ -61,8 +73,9 @@ class Expand:
     Attributes
     ----------
     number
-        The round, from 1; it reads what the one before wrote. From the second on, lists are left alone in whose cells
-        the one before found little: most of what is left to be found is in the others. Their fresh neighbours stay so.
+        The round, from 1; it reads what the one before wrote. Lists without fresh neighbours are left alone, and from
+        the second round on those in whose cells the one before found little: most of what is left to be found is in
+        the others. Their fresh neighbours stay so.
     expand
         Neighbours of a cell whose neighbours are looked at.
     everything
@@ -96,7 +109,7 @@ class Expand:
         near, compared_n = NearLists(index, span, self.probes) if self.probes else None, np.zeros(index.n_cells, bool)
         for chosen, start, stop in groups(index, span):
             mine, mine_fresh, known = (np.asarray(array[start:stop]) for array in (before, fresh, scores))
-            if mine_fresh.mean() < least:
+            if not self.everything and (mine_fresh.mean() < least or not mine_fresh.any()):
                 after[start:stop], now_scores[start:stop], now_fresh[start:stop] = mine, known, mine_fresh
                 continue
             compared = np.empty(0, np.int64) if near is None else index.members(near.of(chosen))

@@ -80,6 +80,7 @@ def descend(
     scheduler: str | None = None,
     start: Callable[[CellIndex, FoundFiles], None] | None = None,
     probes: int = PROBES,
+    settled: float = 0.0,
     budget: int = 0,
     least: int = 0,
 ) -> tuple[FoundFiles, int]:
@@ -99,6 +100,8 @@ def descend(
         Writes neighbours to start from as those of round 0; None to search nearby lists.
     probes
         How many lists are searched for each list at the start.
+    settled
+        Which lists need no round after that: see `Probe`.
     budget
         Bytes of memory. If there is room, what is read at random positions is copied into memory, where large
         pages make it quicker; else each task maps it anew.
@@ -144,7 +147,7 @@ def descend(
     else:
         files.create()
         if start is None:
-            go("neighbours: nearby lists", Probe(index.folder, files, probes))
+            go("neighbours: nearby lists", Probe(index.folder, files, probes, settled))
         else:
             start(index, files)
         keep(0, pilot.recall(files.scores(0)), EXPAND, False, False)

@@ -101,6 +101,33 @@ def test_lists_near_those_of_a_span_are_those_near_each(index: CellIndex, probes
                 np.testing.assert_array_equal(near.of(chosen), index.lists.near(chosen, probes))
 
 
+def test_the_first_round_leaves_lists_alone_whose_last_lists_brought_little(index: CellIndex, tmp_path: Path) -> None:
+    """The others get what they would get anyway; in a round of everything nothing is left alone."""
+    unit_nd, files = np.asarray(index.vectors_nd, np.float64), FoundFiles(tmp_path, N, K)
+    files.create()
+    late_n = np.empty(N)
+    for chosen, start, stop in groups(index, (0, N)):
+        cells = index.in_lists(chosen, index.lists.near(chosen, PROBES), K)
+        scores = unit_nd[start:stop] @ unit_nd[cells].T
+        scores[np.arange(start, stop)[:, None] == cells] = -np.inf
+        late_n[start:stop] = np.mean(np.argsort(-scores, axis=1)[:, :K] >= len(cells) - len(cells) // 5)
+    limit = float(np.median(late_n)) + 1e-9
+    settled_n = late_n < limit
+    assert 0.2 < settled_n.mean() < 0.8
+    found = []
+    for settled in (0.0, limit):
+        Probe(index.folder, files, PROBES, settled)((0, N))
+        before = np.array(files.neighbours(0))
+        np.testing.assert_array_equal(files.fresh(0), np.repeat(~settled_n[:, None] | (settled == 0), K, axis=1))
+        Expand(index.folder, files, 1, K)((0, N))
+        found.append(np.array(files.neighbours(1)))
+    assert (found[0][settled_n] != before[settled_n]).any()
+    np.testing.assert_array_equal(found[1][settled_n], before[settled_n])
+    np.testing.assert_array_equal(found[1][~settled_n], found[0][~settled_n])
+    Expand(index.folder, files, 1, K, everything=True)((0, N))
+    np.testing.assert_array_equal(files.neighbours(1), found[0])
+
+
 def test_a_second_round_leaves_lists_alone_in_which_the_first_found_little(
     index: CellIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
