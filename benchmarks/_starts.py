@@ -16,10 +16,15 @@ def start_files(
     data: str, batch_key: str, label_key: str, files: Sequence[str], n_starts: int
 ) -> list[dict[str, list[float]]]:
     """Return ``nmi`` and ``ari`` of each start for npy files of embeddings of the cells in ``data``."""
+    import jax
     import numpy as np
 
     labels_n = read_labels(data, batch_key, label_key)["label"].to_numpy(dtype=str)
-    return [starts(np.load(file), labels_n, n_starts) for file in files]
+    found = []
+    for file in files:
+        found.append(starts(np.load(file), labels_n, n_starts))
+        jax.clear_caches()  # each start compiles code of its own, which would be kept
+    return found
 
 
 def starts(z_nd: object, labels_n: Sequence[str], n_starts: int) -> dict[str, list[float]]:
