@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -137,7 +138,7 @@ def tasks_at_once(threads: int, budget: int) -> int:
 
 def probes_at_start(n_cells: int) -> int:
     """Return how many lists are searched for each list: of more cells they find fewer of the neighbours."""
-    return round(PROBES * max(1.0, n_cells / MANY_CELLS) ** GROWTH)
+    return round(PROBES * math.pow(max(1.0, n_cells / MANY_CELLS), GROWTH))
 
 
 def _required(audit: Audit, config: GraphConfig) -> Audit:
