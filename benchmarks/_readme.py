@@ -11,7 +11,7 @@ from pathlib import Path
 
 from _methods import METHODS
 from _picture import draw
-from _report import COLUMNS, GUARDS, METRICS, Row, by_data, by_method, cell, summary
+from _report import COLUMNS, GUARDS, METRICS, Row, by_data, by_method, cell, summary, totals_of_starts
 from _sections import marks, write_section
 
 BEGIN, END = marks("quality")
@@ -76,13 +76,19 @@ def totals(rows: Sequence[Row]) -> str:
 
 
 def _of_starts(sets: Iterable[Sequence[Row]], methods: Sequence[str]) -> list[str]:
-    """Return the lines of totals whose k-means has several starts, of the methods for which these are known."""
+    """Return the lines of totals whose k-means has several starts, of the methods for which these are known.
+
+    Each also says the largest standard deviation of single starts, over data sets and seeds.
+    """
     sets, lines = list(sets), []
     for name in methods:
+        known = [totals_of_starts(row) for group in sets for row in group if row["method"] == name]
+        spread = max((statistics.stdev(totals) for totals in known if len(totals) > 1), default=0.0)
         values = [_mean([row for row in group if row["method"] == name], "total_of_starts") for group in sets]
         if any(value is not None for value in values):
             cells = [cell("total", value).strip() for value in [*values, _mean_of(values)]]
-            lines.append(_line([f"{_named(name)}, k-means of several starts", *cells, *([""] * len(_GUARDS))]))
+            title = f"{_named(name)}, k-means of several starts (one: ± {spread:.3f})"
+            lines.append(_line([title, *cells, *([""] * len(_GUARDS))]))
     return lines
 
 

@@ -70,19 +70,19 @@ def _value(row: Row, column: str) -> float | None:
     if column in COSTS:
         return row[column]
     if column in STARTS:
-        return total_of_starts(row)
+        return statistics.fmean(totals) if (totals := totals_of_starts(row)) else None
     return row.get("guards" if column in GUARDS else "metrics", {}).get(column)
 
 
-def total_of_starts(row: Row) -> float | None:
-    """Return the total with the means of NMI and ARI over all starts of k-means; None where only one is known."""
+def totals_of_starts(row: Row) -> list[float]:
+    """Return the total with the NMI and ARI of each start of k-means; none where only one start is known."""
     starts, metrics = row.get("starts"), row.get("metrics", {})
     if not starts or metrics.get("total") is None:
-        return None
-    change = sum(
-        statistics.fmean(starts[name]) - metrics[f"nmi_ari_cluster_labels_kmeans_{name}"] for name in ("nmi", "ari")
-    )
-    return metrics["total"] + BIO_SHARE * change / sum(metrics[name] is not None for name in BIO)
+        return []
+    weight = BIO_SHARE / sum(metrics[name] is not None for name in BIO)
+    own = sum(metrics[f"nmi_ari_cluster_labels_kmeans_{name}"] for name in ("nmi", "ari"))
+    both = zip(starts["nmi"], starts["ari"], strict=True)
+    return [metrics["total"] + weight * (nmi + ari - own) for nmi, ari in both]
 
 
 def summary(rows: Iterable[Row], column: str) -> tuple[float, float] | None:

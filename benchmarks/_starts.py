@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from _scores import SCORE_LIBRARIES, read_labels
-
-START_LIBRARIES = SCORE_LIBRARIES
+from _scores import read_labels
 
 
 def start_files(

@@ -16,7 +16,7 @@ from _code import code_digest
 from _guards import GUARD_LIBRARIES, guard_files
 from _machine import versions_of
 from _scores import SCORE_LIBRARIES, count_cells, score_files
-from _starts import START_LIBRARIES, start_files
+from _starts import start_files
 from _tasks import Outcome, Task, TaskFailed
 
 Run = tuple[str, int]  # method and seed
@@ -134,7 +134,7 @@ def solve(
     if n_starts:
         whole = [i for i, (_, name) in enumerate(names) if name.partition(":")[2] in ("", "backbone")]
         say(f"  k-means from {n_starts} starts of {len(whole)} embeddings")
-        what = {**known, "n": n_starts, "versions": versions_of(START_LIBRARIES), "code": code_digest(start_files)}
+        what = {**known, "n": n_starts, "versions": versions_of(SCORE_LIBRARIES), "code": code_digest(start_files)}
         compute = functools.partial(_ask_starts, scorer, labels, n_starts)
         for i, starts in zip(whole, cache.scores(what, [files[i] for i in whole], compute), strict=True):
             rows[i]["starts"] = starts
