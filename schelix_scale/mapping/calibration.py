@@ -17,6 +17,7 @@ from schelix_scale.graph.nearest import nearest_in_blocks
 from schelix_scale.graph.vectors import row_blocks, unit_rows
 from schelix_scale.mapping.correction import fit_batch, shifted
 from schelix_scale.mapping.kin import POOL, SIZES, KinScores, Pool
+from schelix_scale.mapping.novelty import Evidence, away_from, whitened, whitening
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.scheduling import run_tasks
@@ -34,7 +35,7 @@ WIDER = 6
 FIT_CELLS = 2_000
 LEAST = 20
 LEAST_OF_BATCH = 400  # held-out cells, if it has them: kin among fewer are not alike
-KIN_COUNTS = 5.0  # how many times less a p-value can be for what kin says
+KIN_COUNTS = 20.0  # how many times less a p-value can be for what kin says
 ENOUGH = 100  # cells from which on a batch has its full weight
 
 
@@ -51,12 +52,12 @@ class KinCalibration:
         return cls(tuple(NoveltyCalibration.fit(scores_s, weights) for scores_s in scores_zs))
 
     def p_values(self, scores: KinScores) -> np.ndarray:
-        """P-values (m,) of cells' own scores, up to five times less where their kin's are less.
+        """P-values (m,) of single cells, up to twenty times less where those of them and their kin are less.
 
         So what kin says alone finds nothing novel: types can be off in a batch, too, and held-out batches are too few
         to tell how far.
         """
-        own = self.sizes[0].p_values(scores.own)
+        own = self.sizes[0].p_values(scores.single)
         kin = np.empty(len(own))
         for size in np.unique(scores.size):
             mine = scores.size == size
@@ -74,6 +75,8 @@ class Calibration:
         Of held-out cells whose labels other batches have too, and of all held-out cells.
     labels
         One a column.
+    whitening_dd
+        See `novelty.whitening`; of all held-out cells.
     pool
         Cells of a batch among which its cells have their kin: as many of a new batch as of a held-out one.
     """
@@ -81,11 +84,12 @@ class Calibration:
     novelty: KinCalibration
     unlabelled: KinCalibration
     labels: tuple[LabelCalibration, ...]
+    whitening_dd: np.ndarray
     pool: int
 
     def save(self, path: Path) -> None:
         """Write all arrays to an .npz file."""
-        arrays: dict[str, np.ndarray] = {"pool": np.array(self.pool)}
+        arrays: dict[str, np.ndarray] = {"pool": np.array(self.pool), "whitening": self.whitening_dd}
         for name, both in (("novelty", self.novelty), ("unlabelled", self.unlabelled)):
             for size, part in enumerate(both.sizes):
                 arrays |= {f"{name}_{size}": part.scores_s, f"{name}_{size}_weight": part.weight_s}
@@ -117,7 +121,7 @@ class Calibration:
                 )
                 for name in ("novelty", "unlabelled")
             )
-            return cls(novelty, unlabelled, labels, int(file["pool"]))
+            return cls(novelty, unlabelled, labels, file["whitening"], int(file["pool"]))
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ class _HeldOut:
     indices: np.ndarray
     distances: np.ndarray
     scores: np.ndarray
+    whitening: np.ndarray
     pool: int
 
 
@@ -168,7 +173,7 @@ def calibrate(
         seen_s[:] = True
     novelty = KinCalibration.fit(held_out.scores[:, seen_s], batch_s[seen_s])
     unlabelled = KinCalibration.fit(held_out.scores, batch_s)
-    return Calibration(novelty, unlabelled, tuple(fitted), held_out.pool)
+    return Calibration(novelty, unlabelled, tuple(fitted), held_out.whitening, held_out.pool)
 
 
 def hold_out(
@@ -210,16 +215,18 @@ def hold_out(
     indices, distances = _neighbors_elsewhere(frozen, corrected, frozen.batch_n[rows], threads)
     pool = min(share, POOL)
     raw, batch = np.asarray(frozen.raw_na[rows]), frozen.batch_n[rows]
-    own = frozen.novelty(raw, corrected, distances)
+    away = away_from(frozen.anchor_na, corrected, indices)
+    whitening_dd = whitening(away)
+    own = Evidence(frozen.novelty(raw, corrected, distances), whitened(away, whitening_dd))
     scores = np.empty((len(SIZES), len(rows)))
     for code in np.unique(batch):
         mine = np.flatnonzero(batch == code)
         kin = np.sort(rng.choice(mine, min(pool, len(mine)), replace=False))
         among = Pool.of_cells(rows[kin], raw[kin], own[kin])
         for size in range(len(SIZES)):
-            mean = among.mean_scores(rows[mine], raw[mine], own[mine], size)
-            scores[size, mine] = among.above(mean, size)
-    return _HeldOut(rows, indices, distances, scores, pool)
+            found = among.scores(rows[mine], raw[mine], own[mine], size)
+            scores[size, mine] = among.above(found, size)
+    return _HeldOut(rows, indices, distances, scores, whitening_dd, pool)
 
 
 def _corrected(frozen: Frozen, fit: np.ndarray, rows: np.ndarray) -> np.ndarray:

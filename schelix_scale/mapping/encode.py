@@ -26,7 +26,7 @@ from schelix_scale.mapping.columns import (
 )
 from schelix_scale.mapping.diffusion import query_weights
 from schelix_scale.mapping.kin import KinScores, Pool
-from schelix_scale.mapping.novelty import NEIGHBORS
+from schelix_scale.mapping.novelty import NEIGHBORS, Evidence, away_from, whitened
 from schelix_scale.mapping.query import (
     BLOCK,
     CORRECTED,
@@ -54,7 +54,7 @@ CALIBRATION, MAPPED = "calibration.npz", "mapped.zarr"
 def find_calibration(query: Query, labels: Sequence[Labels], known: Calibration | None) -> tuple[Calibration, Any]:
     """Calibrate on held-out batches of the reference, or take what is ``known``, and keep it in the directory."""
     settings = query.settings
-    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 4}
+    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 5}
     inputs |= {"cells": settings.calibration_cells, "batches": settings.calibration_batches}
 
     def make() -> tuple[list[str], dict[str, Any]]:
@@ -172,7 +172,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
     """Write mapped.zarr: obs with labels and novelty, and the latents."""
     frozen, settings, n = query.frozen, query.settings, query.store.n_cells
     inputs = {"labels": [column.key for column in labels], "coverage": settings.coverage, "novelty": settings.novelty}
-    inputs |= {"obs": query.store.obs_fingerprint(), "version": 4}
+    inputs |= {"obs": query.store.obs_fingerprint(), "version": 5}
 
     def make() -> tuple[list[str], dict[str, Any]]:
         raw = query.load(RAW.format("anchor"))
@@ -182,7 +182,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
         indices, distances, measured = query.load(INDICES), query.load(DISTANCES), query.load(MEASURED)
         found = {name: np.zeros(n, np.float32) for name in (NOVELTY, P_VALUE, DISTANCE)}
         columns = [LabelColumns(column, n) for column in labels]
-        pools = find_pools(query, calibration.pool)
+        pools = find_pools(query, calibration)
         with query.directory.publish(MAPPED) as path, query.reporter.stage("map", n) as progress:
             widths = {key: part.shape[1] for key, part in _probe(frozen).items()}
             arrays = create_mapped(path, n, widths)
@@ -192,13 +192,14 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
                 near, far = np.asarray(indices[rows]), np.asarray(distances[rows])
                 moved = None if moves is None else [np.asarray(part[rows]) for part in moves]
                 own = [np.asarray(part[rows]) for part in features]
-                score = score_cells(frozen, pools, query.batches.codes[rows], np.arange(*span), raw[rows], own[0], far)
+                signs = evidence(frozen, calibration, raw[rows], own[0], near, far)
+                score = KinScores.of_cells(pools, query.batches.codes[rows], np.arange(*span), raw[rows], signs)
                 got = encode_cells(frozen, score, own, moved, near, far, calibration, settings.novelty)
                 for key, latent in got.latents.items():
                     arrays[key][rows] = latent
                 seen = np.asarray(measured[rows])
                 p_value = np.where(seen, got.p_value, 1.0)  # of a cell without any gene nothing speaks for novelty
-                for name, values in zip(found, (score.mean, p_value, got.distance), strict=True):
+                for name, values in zip(found, (score.kin, p_value, got.distance), strict=True):
                     found[name][rows] = values
                 novel = p_value <= settings.novelty
                 for column, fit in zip(columns, calibration.labels, strict=True):
@@ -220,37 +221,37 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
     return query.stage("map", inputs, ["neighbors", "calibrate"], make)
 
 
-def find_pools(query: Query, most: int) -> list[Pool]:
-    """Draw the cells, ``most`` of each batch, among which its cells have their kin; none that has no gene."""
+def find_pools(query: Query, calibration: Calibration) -> list[Pool]:
+    """Draw the cells of each batch among which its cells have their kin; none that has no gene."""
     raw, corrected = query.load(RAW.format("anchor")), query.load(CORRECTED.format("anchor"))
-    distances, measured = query.load(DISTANCES), query.load(MEASURED)
+    indices, distances, measured = query.load(INDICES), query.load(DISTANCES), query.load(MEASURED)
     order, codes = content_order(query.frozen, raw), query.batches.codes
     pools: list[Pool | None] = [None] * len(query.batches.names)
 
     def find(code: int) -> int:
         rows = np.flatnonzero((codes == code) & measured)
-        rows = np.sort(rows[np.argsort(order[rows], kind="stable")[:most]])
-        anchor = np.asarray(raw[rows])
-        pools[code] = Pool.of_cells(rows, anchor, query.frozen.novelty(anchor, corrected[rows], distances[rows]))
+        rows = np.sort(rows[np.argsort(order[rows], kind="stable")[: calibration.pool]])
+        parts = raw[rows], corrected[rows], indices[rows], distances[rows]
+        pools[code] = Pool.of_cells(rows, parts[0], evidence(query.frozen, calibration, *parts))
         return len(rows)
 
     run_tasks(find, range(len(pools)), query.threads)
     return [pool for pool in pools if pool is not None]
 
 
-def score_cells(
+def evidence(
     frozen: Frozen,
-    pools: Sequence[Pool],
-    batch_m: np.ndarray,
-    rows: np.ndarray,
+    calibration: Calibration,
     raw_ma: np.ndarray,
     corrected_ma: np.ndarray,
+    indices_mk: np.ndarray,
     distances_mk: np.ndarray,
-) -> KinScores:
-    """Score how novel the cells ``rows`` are."""
-    raw_ma = np.asarray(raw_ma)
-    own = frozen.novelty(raw_ma, corrected_ma, distances_mk)
-    return KinScores.of_cells(pools, batch_m, rows, raw_ma, own)
+) -> Evidence:
+    """Return what tells how novel cells are."""
+    away = away_from(frozen.anchor_na, corrected_ma, indices_mk)
+    return Evidence(
+        frozen.novelty(np.asarray(raw_ma), corrected_ma, distances_mk), whitened(away, calibration.whitening_dd)
+    )
 
 
 def _probe(frozen: Frozen) -> dict[str, np.ndarray]:

@@ -171,12 +171,13 @@ def test_a_calibration_is_kept_as_it_is(tmp_path: Path) -> None:
     parts = [NoveltyCalibration(np.arange(3.0) + i, np.array([0.5, 0.3, 0.2])) for i in range(10)]
     label = LabelCalibration(1.5, 0.02, np.arange(4.0), np.full(4, 0.25))
     novelty, unlabelled = KinCalibration(tuple(parts[:5])), KinCalibration(tuple(parts[5:]))
-    Calibration(novelty, unlabelled, (label,), 123).save(tmp_path / "c.npz")
+    Calibration(novelty, unlabelled, (label,), np.arange(9.0).reshape(3, 3), 123).save(tmp_path / "c.npz")
     again = Calibration.load(tmp_path / "c.npz")
     for one, other in zip(again.novelty.sizes + again.unlabelled.sizes, parts, strict=True):
         np.testing.assert_array_equal(one.scores_s, other.scores_s)
         np.testing.assert_array_equal(one.weight_s, other.weight_s)
     assert again.pool == 123
+    np.testing.assert_array_equal(again.whitening_dd, np.arange(9.0).reshape(3, 3))
     assert (again.labels[0].temperature, again.labels[0].floor) == (1.5, 0.02)
 
 
