@@ -3,7 +3,8 @@
 A type that the reference lacks is many cells that are alike, an outlier is one: their mean tells the first from the
 second, which single cells do not. Most of all that of which way they are from the reference: what is noise is another
 way in each, and the mean of 15 is a quarter as far, but all cells of a type that the reference lacks are away in one.
-A batch can be off as a whole, so that mean scores are those above the batch's median.
+A batch can be off as a whole, so that mean scores are those above the batch's lower quartile; not its median, since
+more than half of a batch can be of a type that the reference lacks.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from schelix_scale.mapping.novelty import Evidence, together
 
 SIZES, SHARE = (1, 2, 4, 8, 15), 10  # cells of a mean: the most that are no more than one in ten of a pool
 POOL = 1_000
+USUAL = 0.25  # quantile of a batch's scores that says how far off it is as a whole
 BLOCK = 2_048
 
 
@@ -50,8 +52,8 @@ class Pool:
         return max(0, int(np.searchsorted(SIZES, len(self.rows) // SHARE, side="right")) - 1)
 
     def above(self, score_m: np.ndarray, size: int) -> np.ndarray:
-        """Return by how much scores of kin exceed the median of the pool's cells; those of single cells as they are."""
-        return score_m - np.median(self.own.score_m) if size else score_m
+        """Return by how much scores of kin exceed the lower quartile of the pool; those of single cells as they are."""
+        return score_m - np.quantile(self.own.score_m, USUAL) if size else score_m
 
     def scores(self, rows: np.ndarray, raw_md: np.ndarray, own: Evidence, size: int | None = None) -> np.ndarray:
         """Return how novel each cell and its nearest others of the pool are together, (m,).
@@ -92,7 +94,7 @@ class KinScores:
     kin, single
         Of cells and their kin together, and of each cell alone.
     above
-        By how much the first exceed the median of the batch, which can be off as a whole; of single cells as they are.
+        By how much the first exceed the batch's lower quartile; of single cells as they are.
     size
         Which of `SIZES` the first are of.
     """
