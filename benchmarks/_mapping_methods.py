@@ -79,6 +79,7 @@ def schelix(job: Job, scratch: Path) -> Arrays:
         "probability": obs[f"{key}_probability"].to_numpy(),
         "set": obs[f"{key}_set"].astype(str).to_numpy(),
         "novelty": obs["schelix_novelty"].to_numpy(),
+        "flagged": obs[key].to_numpy() == "unknown",
         "z_query": mapped.embedding,
         "z_reference": z_reference,
         "map_seconds": np.array(seconds),

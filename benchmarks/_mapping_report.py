@@ -19,6 +19,8 @@ COLUMNS = {
     "coverage": "coverage",
     "set_size": "set size",
     "auroc": "AUROC",
+    "unknown_novel": "unseen flagged",
+    "unknown_others": "seen flagged",
     "overlap": "overlap",
     "map_seconds": "map s",
     "seconds": "all s",

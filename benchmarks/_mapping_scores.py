@@ -41,10 +41,12 @@ def novelty_auroc(answer: Mapping[str, np.ndarray], novel: np.ndarray) -> float:
     return float(roc_auc_score(novel, answer["novelty"]))
 
 
-def unknown_shares(answer: Mapping[str, np.ndarray], novel: np.ndarray) -> dict[str, float]:
-    """How many cells of a type that the reference lacks are called ``unknown``, and how many of the others."""
-    unknown = answer["label"] == "unknown"
-    return {"unknown_novel": float(unknown[novel].mean()), "unknown_others": float(unknown[~novel].mean())}
+def flagged_shares(answer: Mapping[str, np.ndarray], novel: np.ndarray) -> dict[str, float]:
+    """How many cells of types that the reference lacks are called ``unknown``, and of others; of methods that do."""
+    if "flagged" not in answer:
+        return {}
+    flagged = answer["flagged"]
+    return {"unknown_novel": float(flagged[novel].mean()), "unknown_others": float(flagged[~novel].mean())}
 
 
 def overlap(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from _mapping_folds import folds, write_fold
 from _mapping_report import BEGIN, END, read_rows, table, update_readme, write_rows
-from _mapping_scores import label_scores, novelty_auroc, overlap, unknown_shares
+from _mapping_scores import label_scores, novelty_auroc, overlap, flagged_shares
 from mapping import main
 
 from tests.benchmarks.data import made_up
@@ -49,9 +49,10 @@ def test_scores_by_hand() -> None:
     assert found["ece"] == pytest.approx(0.5 / 3)
     assert (found["coverage"], found["set_size"]) == (pytest.approx(2 / 3), 1.0)
     assert novelty_auroc(answer, ~known) == 1.0
-    answer["label"] = np.array(["unknown", "a", "a", "unknown", "unknown"])
+    assert flagged_shares(answer, ~known) == {}, "the method flags nothing"
+    answer["flagged"] = np.array([True, False, False, True, True])
     novel = np.array([True, True, False, False, False])
-    assert unknown_shares(answer, novel) == {"unknown_novel": 0.5, "unknown_others": pytest.approx(2 / 3)}
+    assert flagged_shares(answer, novel) == {"unknown_novel": 0.5, "unknown_others": pytest.approx(2 / 3)}
 
 
 def test_overlap_is_one_for_the_same_positions_and_chance_for_others() -> None:
