@@ -33,7 +33,7 @@ from _machine import ROOT, circumstances, threads, versions_of
 from _mapping_folds import Fold, folds, read_obs, write_fold
 from _mapping_methods import METHODS, Job, joint_job
 from _mapping_report import Row, read_rows, table, update_readme, write_rows
-from _mapping_scores import label_scores, novelty_auroc, overlap, flagged_shares
+from _mapping_scores import flagged_shares, label_scores, novelty_auroc, overlap
 
 HERE = ROOT / "benchmarks"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # numba sets the threads of OpenMP, and so of torch

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from _mapping_folds import folds, write_fold
 from _mapping_report import BEGIN, END, read_rows, table, update_readme, write_rows
-from _mapping_scores import label_scores, novelty_auroc, overlap, flagged_shares
+from _mapping_scores import flagged_shares, label_scores, novelty_auroc, overlap
 from mapping import main
 
 from tests.benchmarks.data import made_up
