@@ -1,26 +1,18 @@
-"""Batches of the reference, mapped as if they were new -> what calibrates labels and novelty.
-
-Each held-out batch goes through the same steps as a query: its displacement is fitted anew, and its cells find their
-neighbours among the cells of all other batches.
-"""
+"""Held-out cells of the reference -> what calibrates labels and novelty."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from schelix_scale.errors import DataError
-from schelix_scale.graph.nearest import nearest_in_blocks
-from schelix_scale.graph.vectors import row_blocks, unit_rows
-from schelix_scale.mapping.correction import fit_batch, shifted
-from schelix_scale.mapping.kin import POOL, SIZES, KinScores, Pool
-from schelix_scale.mapping.novelty import Evidence, away_from, whitened, whitening
+from schelix_scale.mapping.held_out import hold_out
+from schelix_scale.mapping.kin import SIZES, KinScores, Usual, less
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
-from schelix_scale.scheduling import run_tasks
 from schelix_scale.transfer import (
     NOT_LABELLED,
     LabelCalibration,
@@ -30,39 +22,60 @@ from schelix_scale.transfer import (
     vote,
 )
 
-EXACT_BELOW = 60_000
-WIDER = 6
-FIT_CELLS = 2_000
 LEAST = 20
-LEAST_OF_BATCH = 400  # held-out cells, if it has them: kin among fewer are not alike
-KIN_COUNTS = 20.0  # how many times less a p-value can be for what kin says
 ENOUGH = 100  # cells from which on a batch has its full weight
 
 
 @dataclass(frozen=True)
 class KinCalibration:
-    """Of the novelty of cells and their kin: a calibration for each of `kin.SIZES`, the first one of cells alone."""
+    """Of the novelty of cells and their kin, for each of the first of `kin.SIZES`.
+
+    Attributes
+    ----------
+    sizes
+        Of scores, each of the batches that have cells enough for kin of this size.
+    both
+        Of the lesser of two p-values, with as many kin and with fewer: -log p.
+    """
 
     sizes: tuple[NoveltyCalibration, ...]
+    both: tuple[NoveltyCalibration, ...]
 
     @classmethod
     def fit(cls, scores_zs: np.ndarray, batch_s: np.ndarray) -> KinCalibration:
-        """Calibrate on held-out cells of batches, with a mean score for each size."""
-        weights = batch_weights(batch_s, ENOUGH)
-        return cls(tuple(NoveltyCalibration.fit(scores_s, weights) for scores_s in scores_zs))
+        """Calibrate on held-out cells of batches, with a score for each size: nan where a batch is too small for it.
+
+        A size for which fewer than 20 cells are left is left out, and so are larger ones.
+        """
+        sizes: list[NoveltyCalibration] = []
+        both: list[NoveltyCalibration] = []
+        for size, scores_s in enumerate(scores_zs):
+            there = np.isfinite(scores_s)
+            if size and there.sum() < LEAST:
+                break
+            weights = batch_weights(batch_s[there], ENOUGH)
+            sizes.append(NoveltyCalibration.fit(scores_s[there], weights))
+            p = _lesser(sizes, size, scores_s[there], scores_zs[less(size), there])
+            both.append(NoveltyCalibration.fit(-np.log(p), weights))
+        return cls(tuple(sizes), tuple(both))
 
     def p_values(self, scores: KinScores) -> np.ndarray:
-        """P-values (m,) of single cells, up to twenty times less where those of them and their kin are less.
+        """P-values (m,): how often the lesser p-value of a cell that is not novel is as small.
 
-        So what kin says alone finds nothing novel: types can be off in a batch, too, and held-out batches are too few
-        to tell how far.
+        A type that the reference lacks has many cells or few; the lesser of the two p-values finds both, and is itself
+        calibrated, since of two the lesser is small more often.
         """
-        own = self.sizes[0].p_values(scores.single)
-        kin = np.empty(len(own))
+        out = np.empty(len(scores.size))
         for size in np.unique(scores.size):
             mine = scores.size == size
-            kin[mine] = self.sizes[size].p_values(scores.above[mine])
-        return np.clip(kin, own / KIN_COUNTS, own)
+            p = _lesser(self.sizes, size, scores.most[mine], scores.fewer[mine])
+            out[mine] = self.both[size].p_values(-np.log(p))
+        return out
+
+
+def _lesser(sizes: Sequence[NoveltyCalibration], size: int, most_m: np.ndarray, fewer_m: np.ndarray) -> np.ndarray:
+    lesser: np.ndarray = np.minimum(sizes[size].p_values(most_m), sizes[less(size)].p_values(fewer_m))
+    return lesser
 
 
 @dataclass(frozen=True)
@@ -76,7 +89,9 @@ class Calibration:
     labels
         One a column.
     whitening_dd
-        See `novelty.whitening`; of all held-out cells.
+        See `evidence.whitening`; of all held-out cells.
+    usual
+        What is usual in held-out batches.
     pool
         Cells of a batch among which its cells have their kin: as many of a new batch as of a held-out one.
     """
@@ -85,14 +100,22 @@ class Calibration:
     unlabelled: KinCalibration
     labels: tuple[LabelCalibration, ...]
     whitening_dd: np.ndarray
+    usual: Usual
     pool: int
+
+    @property
+    def most(self) -> int:
+        """Which of `kin.SIZES` is the largest that is calibrated."""
+        return min(len(self.novelty.sizes), len(self.unlabelled.sizes)) - 1
 
     def save(self, path: Path) -> None:
         """Write all arrays to an .npz file."""
         arrays: dict[str, np.ndarray] = {"pool": np.array(self.pool), "whitening": self.whitening_dd}
+        arrays |= {"usual_spread": np.array(self.usual.spread), "usual_score": self.usual.score_z}
         for name, both in (("novelty", self.novelty), ("unlabelled", self.unlabelled)):
-            for size, part in enumerate(both.sizes):
-                arrays |= {f"{name}_{size}": part.scores_s, f"{name}_{size}_weight": part.weight_s}
+            for kind, parts in (("", both.sizes), ("both_", both.both)):
+                for size, part in enumerate(parts):
+                    arrays |= {f"{name}_{kind}{size}": part.scores_s, f"{name}_{kind}{size}_weight": part.weight_s}
         for place, label in enumerate(self.labels):
             arrays |= {f"scores_{place}": label.scores_s, f"weight_{place}": label.weight_s}
             arrays[f"sharpening_{place}"] = np.array([label.temperature, label.floor])
@@ -113,27 +136,16 @@ class Calibration:
                 for i in range(count)
             )
             novelty, unlabelled = (
-                KinCalibration(
-                    tuple(
-                        NoveltyCalibration(file[f"{name}_{size}"], file[f"{name}_{size}_weight"])
-                        for size in range(len(SIZES))
-                    )
-                )
+                KinCalibration(*(_parts(file, f"{name}_{kind}") for kind in ("", "both_")))
                 for name in ("novelty", "unlabelled")
             )
-            return cls(novelty, unlabelled, labels, file["whitening"], int(file["pool"]))
+            usual = Usual(float(file["usual_spread"]), file["usual_score"])
+            return cls(novelty, unlabelled, labels, file["whitening"], usual, int(file["pool"]))
 
 
-@dataclass(frozen=True)
-class _HeldOut:
-    """Held-out cells (s,): rows, neighbours in other batches, novelty (5, s) by size of kin; how large a pool is."""
-
-    rows: np.ndarray
-    indices: np.ndarray
-    distances: np.ndarray
-    scores: np.ndarray
-    whitening: np.ndarray
-    pool: int
+def _parts(file: Mapping[str, np.ndarray], name: str) -> tuple[NoveltyCalibration, ...]:
+    there = [f"{name}{size}" for size in range(len(SIZES)) if f"{name}{size}" in file]
+    return tuple(NoveltyCalibration(file[part], file[f"{part}_weight"]) for part in there)
 
 
 def calibrate(
@@ -173,96 +185,7 @@ def calibrate(
         seen_s[:] = True
     novelty = KinCalibration.fit(held_out.scores[:, seen_s], batch_s[seen_s])
     unlabelled = KinCalibration.fit(held_out.scores, batch_s)
-    return Calibration(novelty, unlabelled, tuple(fitted), held_out.whitening, held_out.pool)
-
-
-def hold_out(
-    frozen: Frozen, settings: MapConfig, threads: int = 1, advance: Callable[[int], None] = lambda _: None
-) -> _HeldOut:
-    """Map cells of batches of the reference onto the others.
-
-    Raises
-    ------
-    DataError
-        The reference has one batch, or one beside which there are hardly any cells.
-    """
-    rng = np.random.default_rng([frozen.config.seed, 0xCA1])
-    batches, sizes = np.unique(frozen.batch_n, return_counts=True)
-    if len(batches) > settings.calibration_batches:
-        drawn = np.sort(rng.choice(len(batches), settings.calibration_batches, replace=False))
-        batches, sizes = batches[drawn], sizes[drawn]
-    share = max(LEAST_OF_BATCH, settings.calibration_cells // len(batches))
-    chosen: list[tuple[np.ndarray, np.ndarray]] = []
-    for batch, size in zip(batches.tolist(), sizes, strict=True):
-        cells = np.flatnonzero(frozen.batch_n == batch)
-        fit = np.sort(rng.choice(cells, min(FIT_CELLS, size), replace=False))
-        rows = np.sort(rng.choice(fit, min(share, len(fit)), replace=False))
-        if size < frozen.n_cells - frozen.config.graph.k:
-            chosen.append((fit, rows))
-    moved: list[np.ndarray] = [np.zeros(0)] * len(chosen)
-
-    def task(place: int) -> int:
-        moved[place] = _corrected(frozen, *chosen[place])
-        return share
-
-    run_tasks(task, range(len(chosen)), threads, None, advance)
-    if not chosen:
-        raise DataError(
-            f"the reference {frozen.directory.path} has {len(batches)} batches, none of which can be held out: "
-            f"{frozen.config.graph.k} cells must be left. Mapping is calibrated on held-out batches."
-        )
-    rows, corrected = np.concatenate([rows for _, rows in chosen]), np.concatenate(moved)
-    indices, distances = _neighbors_elsewhere(frozen, corrected, frozen.batch_n[rows], threads)
-    pool = min(share, POOL)
-    raw, batch = np.asarray(frozen.raw_na[rows]), frozen.batch_n[rows]
-    away = away_from(frozen.anchor_na, corrected, indices)
-    whitening_dd = whitening(away)
-    own = Evidence(frozen.novelty(raw, corrected, distances), whitened(away, whitening_dd))
-    scores = np.empty((len(SIZES), len(rows)))
-    for code in np.unique(batch):
-        mine = np.flatnonzero(batch == code)
-        kin = np.sort(rng.choice(mine, min(pool, len(mine)), replace=False))
-        among = Pool.of_cells(rows[kin], raw[kin], own[kin])
-        for size in range(len(SIZES)):
-            found = among.scores(rows[mine], raw[mine], own[mine], size)
-            scores[size, mine] = among.above(found, size)
-    return _HeldOut(rows, indices, distances, scores, whitening_dd, pool)
-
-
-def _corrected(frozen: Frozen, fit: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Correct cells of a batch as those of a new one, whose displacement is fitted on the cells ``fit``."""
-    if not frozen.corrects:
-        return np.asarray(frozen.anchor_na[rows])
-    empty = np.zeros((len(fit), 0), np.float32)
-    clusters = frozen.clusters.without_variants()
-    shift = fit_batch(clusters, np.asarray(frozen.raw_na[fit]), empty)
-    raw = np.asarray(frozen.raw_na[rows])
-    return shifted(shift, raw, empty[: len(rows)], frozen.streams.strength)[0]
-
-
-def _neighbors_elsewhere(
-    frozen: Frozen, corrected_md: np.ndarray, batch_m: np.ndarray, threads: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbours of cells among those of other batches than their own: (m, k) rows and distances.
-
-    Among many cells, those of the index are taken where there are k of other batches among the nearest 6 k.
-    """
-    m, k = len(corrected_md), frozen.config.graph.k
-    indices, distances = np.zeros((m, k), np.int64), np.zeros((m, k), np.float32)
-    done_m = np.zeros(m, bool)
-    if frozen.n_cells > EXACT_BELOW:
-        found, away = frozen.index.query(corrected_md, min(WIDER * k, frozen.n_cells), threads)
-        own = frozen.batch_n[found] == batch_m[:, None]
-        done_m = (~own).sum(axis=1) >= k
-        order = np.argsort(own, axis=1, kind="stable")[:, :k]
-        indices, distances = (np.take_along_axis(part, order, axis=1) for part in (found, away))
-    for batch in np.unique(batch_m[~done_m]):
-        rows = np.flatnonzero(~done_m & (batch_m == batch))
-        others = np.flatnonzero(frozen.batch_n != batch)
-        blocks = ((start, unit_rows(frozen.anchor_na[others[start:stop]])) for start, stop in row_blocks(len(others)))
-        near, distances[rows] = nearest_in_blocks(unit_rows(corrected_md[rows]), blocks, k)
-        indices[rows] = others[near]
-    return indices, distances
+    return Calibration(novelty, unlabelled, tuple(fitted), held_out.whitening, held_out.usual, held_out.pool)
 
 
 def _elsewhere(code_n: np.ndarray, batch_n: np.ndarray, true_s: np.ndarray, batch_s: np.ndarray) -> np.ndarray:

@@ -25,8 +25,9 @@ from schelix_scale.mapping.columns import (
     query_obs,
 )
 from schelix_scale.mapping.diffusion import query_weights
-from schelix_scale.mapping.kin import KinScores, Pool
-from schelix_scale.mapping.novelty import NEIGHBORS, Evidence, away_from, whitened
+from schelix_scale.mapping.evidence import Evidence, ways_from, whitened
+from schelix_scale.mapping.kin import KinScores, Pool, spread_of
+from schelix_scale.mapping.novelty import NEIGHBORS
 from schelix_scale.mapping.query import (
     BLOCK,
     CORRECTED,
@@ -199,7 +200,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
                     arrays[key][rows] = latent
                 seen = np.asarray(measured[rows])
                 p_value = np.where(seen, got.p_value, 1.0)  # of a cell without any gene nothing speaks for novelty
-                for name, values in zip(found, (score.kin, p_value, got.distance), strict=True):
+                for name, values in zip(found, (score.plain, p_value, got.distance), strict=True):
                     found[name][rows] = values
                 novel = p_value <= settings.novelty
                 for column, fit in zip(columns, calibration.labels, strict=True):
@@ -232,7 +233,9 @@ def find_pools(query: Query, calibration: Calibration) -> list[Pool]:
         rows = np.flatnonzero((codes == code) & measured)
         rows = np.sort(rows[np.argsort(order[rows], kind="stable")[: calibration.pool]])
         parts = raw[rows], corrected[rows], indices[rows], distances[rows]
-        pools[code] = Pool.of_cells(rows, parts[0], evidence(query.frozen, calibration, *parts))
+        own = evidence(query.frozen, calibration, *parts)
+        spread = spread_of(query.frozen.clusters.weights(parts[1]))
+        pools[code] = Pool.of_cells(rows, parts[0], own, calibration.most, calibration.usual, spread)
         return len(rows)
 
     run_tasks(find, range(len(pools)), query.threads)
@@ -248,10 +251,8 @@ def evidence(
     distances_mk: np.ndarray,
 ) -> Evidence:
     """Return what tells how novel cells are."""
-    away = away_from(frozen.anchor_na, corrected_ma, indices_mk)
-    return Evidence(
-        frozen.novelty(np.asarray(raw_ma), corrected_ma, distances_mk), whitened(away, calibration.whitening_dd)
-    )
+    ways = whitened(ways_from(frozen.anchor_na, corrected_ma, indices_mk), calibration.whitening_dd)
+    return Evidence(frozen.novelty(np.asarray(raw_ma), corrected_ma, distances_mk), ways)
 
 
 def _probe(frozen: Frozen) -> dict[str, np.ndarray]:

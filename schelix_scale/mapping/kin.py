@@ -1,26 +1,57 @@
 """How novel cells are -> how novel they and their kin are: the cells of the same batch that are most like them.
 
-A type that the reference lacks is many cells that are alike, an outlier is one: their mean tells the first from the
-second, which single cells do not. Most of all that of which way they are from the reference: what is noise is another
-way in each, and the mean of 15 is a quarter as far, but all cells of a type that the reference lacks are away in one.
-A batch can be off as a whole, so that mean scores are those above the batch's lower quartile; not its median, since
-more than half of a batch can be of a type that the reference lacks.
+A type that the reference lacks is many cells that are alike, an outlier is one. What many of them have in common tells
+the first from the second: a mean score that is high, and above all a mean way from the reference that is long, since
+noise is another way in each. A batch can be off as a whole, so that ways are those from the median of its cells' ways,
+and what comes out is that above the lower quartile of its cells' (not the median: more than half of a batch can be of a
+type that the reference lacks). A batch that lies in few of the reference's clusters has cells of one or two types, and
+cannot tell what it is as a whole: what batches of the reference usually score is taken for it. Of a batch of less than
+20 cells each is looked at alone, and as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from schelix_scale.graph.vectors import row_blocks, unit_rows
-from schelix_scale.mapping.novelty import Evidence, together
+from schelix_scale.mapping.evidence import Evidence, together
 
-SIZES, SHARE = (1, 2, 4, 8, 15), 10  # cells of a mean: the most that are no more than one in ten of a pool
+SIZES, SHARE = (1, 2, 4, 8, 15), 10  # cells and their kin: the most that are no more than one in ten of a pool
+FEWER = 2  # places before in `SIZES`: a rare type has too few cells for the most, so that a quarter counts, too
 POOL = 1_000
-USUAL = 0.25  # quantile of a batch's scores that says how far off it is as a whole
 BLOCK = 2_048
+QUARTILE = 0.25
+TOLD = 0.25, 0.5  # share of the usual number of clusters at which a batch says nothing and all of what it is as a whole
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What is usual in held-out batches.
+
+    Attributes
+    ----------
+    spread
+        In how many clusters a batch lies, see `spread_of`.
+    score_z
+        (5,) lower quartile of what its cells score with each number of `SIZES`; 0 for single cells.
+    """
+
+    spread: float
+    score_z: np.ndarray
+
+    def told(self, spread: float) -> float:
+        """Return how far a batch in so many clusters tells what it is as a whole, from 0 to 1."""
+        none, whole = TOLD
+        return float(np.clip((spread / max(self.spread, 1.0) - none) / (whole - none), 0.0, 1.0))
+
+
+def spread_of(weights_mk: np.ndarray) -> float:
+    """Return in how many clusters cells lie, given their soft weights (m, K): (sum c)^2 / sum c^2 of the K counts."""
+    count_k = weights_mk.sum(axis=0)
+    return float(count_k.sum() ** 2 / max((count_k**2).sum(), 1e-12))
 
 
 @dataclass(frozen=True)
@@ -35,30 +66,56 @@ class Pool:
         (p, d) their uncorrected Anchor components, scaled to norm 1: a batch's cells are displaced alike.
     own
         What tells how novel each of them is.
+    usual_way_d, usual_z
+        (d,) and (z,) way of the batch as a whole, and what its cells usually score with each number of kin up to
+        ``size``; of single cells 0.
+    size
+        Which of `SIZES` its cells are looked at with: 15 cells, or fewer in a pool of less than 150, where kin are few.
     """
 
     rows: np.ndarray
     unit_pd: np.ndarray
     own: Evidence
+    usual_way_d: np.ndarray
+    usual_z: np.ndarray
+    size: int
 
     @classmethod
-    def of_cells(cls, rows: np.ndarray, raw_pd: np.ndarray, own: Evidence) -> Pool:
-        """Make a pool of cells (p,), ascending."""
-        return cls(rows, unit_rows(raw_pd), own)
+    def of_cells(
+        cls,
+        rows: np.ndarray,
+        raw_pd: np.ndarray,
+        own: Evidence,
+        most: int = len(SIZES) - 1,
+        usual: Usual | None = None,
+        spread: float = np.inf,
+    ) -> Pool:
+        """Make a pool of cells (p,), ascending.
 
-    @property
-    def size(self) -> int:
-        """Which of `SIZES` the means are of: 15 cells, or fewer in a pool of less than 150, where kin are few."""
-        return max(0, int(np.searchsorted(SIZES, len(self.rows) // SHARE, side="right")) - 1)
+        Parameters
+        ----------
+        most
+            The largest size that it may have.
+        usual, spread
+            What is usual in other batches, and in how many clusters this one lies: without them the batch is taken to
+            tell what it is as a whole.
+        """
+        size = min(most, max(0, int(np.searchsorted(SIZES, len(rows) // SHARE, side="right")) - 1))
+        found = cls(rows, unit_rows(raw_pd), own, np.zeros(own.way_md.shape[1]), np.zeros(size + 1), size)
+        if size == 0:
+            return found
+        told = 1.0 if usual is None else usual.told(spread)
+        likely = own.score_m <= np.median(own.score_m)
+        found = replace(found, usual_way_d=told * np.median(own.way_md[likely], axis=0).astype(np.float64))
+        usual_z = np.quantile(found.scores(rows, raw_pd, own), QUARTILE, axis=1)
+        if usual is not None:
+            usual_z = told * usual_z + (1 - told) * usual.score_z[: size + 1]
+        return replace(found, usual_z=np.r_[0.0, usual_z[1:]])
 
-    def above(self, score_m: np.ndarray, size: int) -> np.ndarray:
-        """Return by how much scores of kin exceed the lower quartile of the pool; those of single cells as they are."""
-        return score_m - np.quantile(self.own.score_m, USUAL) if size else score_m
+    def scores(self, rows: np.ndarray, raw_md: np.ndarray, own: Evidence) -> np.ndarray:
+        """Return how novel cells and their kin are together, for each of `SIZES` up to that of the pool: (z, m).
 
-    def scores(self, rows: np.ndarray, raw_md: np.ndarray, own: Evidence, size: int | None = None) -> np.ndarray:
-        """Return how novel each cell and its nearest others of the pool are together, (m,).
-
-        The mean of their scores, and log(|w|^2) of the mean w of the ways that they are from the reference.
+        That is the mean of their scores and log(k |w|^2) of the mean w of their k ways, above what the batch has.
 
         Parameters
         ----------
@@ -66,42 +123,50 @@ class Pool:
             (m,) numbers of the cells: one that is in the pool is not its own kin.
         raw_md, own
             Their uncorrected Anchor components, and what tells how novel each is.
-        size
-            Which of `SIZES`; no more than that of this pool, which is the default.
         """
-        k = SIZES[self.size if size is None else min(size, self.size)] - 1
-        if k < 1:
-            return own.single
-        out = np.empty(len(rows))
+        sizes = SIZES[: self.size + 1]
+        out = np.empty((len(sizes), len(rows)))
         for start, stop in row_blocks(len(rows), BLOCK):
-            alike = unit_rows(raw_md[start:stop]) @ self.unit_pd.T
-            place = np.minimum(np.searchsorted(self.rows, rows[start:stop]), len(self.rows) - 1)
-            mine = np.flatnonzero(self.rows[place] == rows[start:stop])
-            alike[mine, place[mine]] = -np.inf
-            near = np.argpartition(-alike, k - 1, axis=1)[:, :k]
-            theirs = np.sort(self.own.score_m[near], axis=1).sum(axis=1)  # sorted: the order of cells decides no digit
-            away = own.away_md[start:stop] + self.own.away_md[near].sum(axis=1)  # exact: see `novelty.STEPS`
-            out[start:stop] = together((own.score_m[start:stop] + theirs) / (k + 1), away / (k + 1))
-        return out
+            score, way = own.score_m[start:stop], own.way_md[start:stop]
+            out[0, start:stop] = together(score, way, 1)
+            near = self._nearest(rows[start:stop], raw_md[start:stop], sizes[-1] - 1)
+            for place, k in enumerate(sizes[1:], 1):
+                kin = near[:, : k - 1]
+                theirs = np.sort(self.own.score_m[kin], axis=1).sum(axis=1)  # sorted: no order decides a digit
+                away = way + self.own.way_md[kin].sum(axis=1, dtype=np.float64)  # exact: see `evidence.STEPS`
+                out[place, start:stop] = together((score + theirs) / k, away / k - self.usual_way_d, k)
+        return np.asarray(out - self.usual_z[:, None])
+
+    def _nearest(self, rows: np.ndarray, raw_md: np.ndarray, count: int) -> np.ndarray:
+        """Places (m, count) of the cells of the pool that are most like others, but for themselves, nearest first."""
+        if not count:
+            return np.zeros((len(rows), 0), np.int64)
+        alike = unit_rows(raw_md) @ self.unit_pd.T
+        place = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
+        mine = np.flatnonzero(self.rows[place] == rows)
+        alike[mine, place[mine]] = -np.inf
+        near = np.argpartition(-alike, count - 1, axis=1)[:, :count]
+        order = np.argsort(-np.take_along_axis(alike, near, axis=1), axis=1, kind="stable")
+        return np.take_along_axis(near, order, axis=1)
 
 
 @dataclass(frozen=True)
 class KinScores:
-    """How novel cells (m,) are.
+    """How novel cells (m,) are together with their kin.
 
     Attributes
     ----------
-    kin, single
-        Of cells and their kin together, and of each cell alone.
-    above
-        By how much the first exceed the batch's lower quartile; of single cells as they are.
+    plain
+        With as many kin as their pool allows, however far off the batch is as a whole.
+    most, fewer
+        That above the batch's own, and with about a quarter of the kin.
     size
-        Which of `SIZES` the first are of.
+        Which of `SIZES` the first two are of.
     """
 
-    kin: np.ndarray
-    single: np.ndarray
-    above: np.ndarray
+    plain: np.ndarray
+    most: np.ndarray
+    fewer: np.ndarray
     size: np.ndarray
 
     @classmethod
@@ -109,9 +174,16 @@ class KinScores:
         cls, pools: Sequence[Pool], batch_m: np.ndarray, rows: np.ndarray, raw_md: np.ndarray, own: Evidence
     ) -> KinScores:
         """Score cells of several batches, each among the pool that has the number of its batch."""
-        kin, above, size = np.empty(len(rows)), np.empty(len(rows)), np.empty(len(rows), np.int64)
+        plain, most, fewer = np.empty((3, len(rows)))
+        size = np.empty(len(rows), np.int64)
         for batch in np.unique(batch_m):
             mine, pool = np.flatnonzero(batch_m == batch), pools[batch]
-            kin[mine] = pool.scores(rows[mine], raw_md[mine], own[mine])
-            above[mine], size[mine] = pool.above(kin[mine], pool.size), pool.size
-        return cls(kin, own.single, above, size)
+            found = pool.scores(rows[mine], raw_md[mine], own[mine])
+            most[mine], fewer[mine], size[mine] = found[-1], found[less(pool.size)], pool.size
+            plain[mine] = found[-1] + pool.usual_z[-1]
+        return cls(plain, most, fewer, size)
+
+
+def less(size: int) -> int:
+    """Return which of `SIZES` is about a quarter of this one: itself for a single cell, and for two."""
+    return max(min(size, 1), size - FEWER)

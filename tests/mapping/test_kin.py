@@ -1,4 +1,4 @@
-"""Novelty of cells and their kin, against a mean over cells that are sorted one by one."""
+"""Novelty of cells and their kin, against means over cells that are sorted one by one."""
 
 from __future__ import annotations
 
@@ -7,47 +7,70 @@ import pytest
 from sklearn.metrics.pairwise import cosine_similarity
 
 from schelix_scale import Reference
-from schelix_scale.mapping.calibration import KinCalibration, _corrected, hold_out
-from schelix_scale.mapping.kin import KinScores, Pool
-from schelix_scale.mapping.novelty import Evidence, away_from, whitened, whitening
+from schelix_scale.mapping.calibration import KinCalibration
+from schelix_scale.mapping.evidence import Evidence, ways_from, whitened, whitening
+from schelix_scale.mapping.held_out import _corrected, hold_out
+from schelix_scale.mapping.kin import KinScores, Pool, Usual, spread_of
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.transfer import NoveltyCalibration
 
+SIZES = (1, 2, 4, 8, 15)
 
-def expected(pool: np.ndarray, raw: np.ndarray, score: np.ndarray, away: np.ndarray, k: int) -> np.ndarray:
-    """Mean score + log |mean way|^2 of each cell and the k - 1 others of the pool of highest cosine similarity."""
+
+def raw_scores(
+    pool: np.ndarray, raw: np.ndarray, score: np.ndarray, way: np.ndarray, cells: np.ndarray, k: int
+) -> np.ndarray:
+    """Mean score + log(k |mean way|^2) of cells and the k - 1 others of the pool of highest cosine similarity."""
+    way = way - np.median(way[pool][score[pool] <= np.median(score[pool])], axis=0) * (k > 1)
     alike, out = cosine_similarity(raw, raw[pool]), []
-    for cell in range(len(raw)):
+    for cell in cells:
         others = [place for place in np.argsort(-alike[cell]) if pool[place] != cell][: k - 1]
         kin = [cell, *pool[others]]
-        out.append(np.mean(score[kin]) + 2 * np.log(np.linalg.norm(np.mean(away[kin], axis=0))))
+        out.append(np.mean(score[kin]) + np.log(k * np.sum(np.mean(way[kin], axis=0) ** 2)))
     return np.array(out)
+
+
+def expected(pool: np.ndarray, raw: np.ndarray, score: np.ndarray, way: np.ndarray, k: int) -> np.ndarray:
+    """Those of all cells, above the lower quartile of the pool's."""
+    parts = (pool, raw, score, way)
+    return raw_scores(*parts, np.arange(len(raw)), k) - (np.quantile(raw_scores(*parts, pool, k), 0.25) if k > 1 else 0)
 
 
 def made_up(seed: int, n: int) -> tuple[np.ndarray, Evidence]:
     """Components of cells, and what tells how novel they are."""
     rng = np.random.default_rng(seed)
-    raw, away = rng.normal(size=(n, 6)).astype(np.float32), rng.normal(size=(n, 4))
-    return raw, Evidence(rng.normal(size=n), whitened(away, np.eye(4)))
+    raw, way = rng.normal(size=(n, 6)).astype(np.float32), rng.normal(size=(n, 4)) + np.array([0, 1, 0, 0])
+    return raw, Evidence(rng.normal(size=n), whitened(way, np.eye(4)))
 
 
-@pytest.mark.parametrize(("size", "k"), [(200, 15), (149, 8), (60, 4), (20, 2), (19, 1)])
-def test_a_cell_and_its_kin(size: int, k: int) -> None:
+@pytest.mark.parametrize(("size", "most"), [(200, 5), (149, 4), (60, 3), (20, 2), (19, 1)])
+def test_a_cell_and_its_kin(size: int, most: int) -> None:
     raw, own = made_up(0, 300)
     rows = np.sort(np.random.default_rng(0).choice(300, size, replace=False))
     found = Pool.of_cells(rows, raw[rows], own[rows]).scores(np.arange(300), raw, own)
-    np.testing.assert_allclose(found, expected(rows, raw, own.score_m, own.away_md, k), rtol=1e-5)
+    for scores, k in zip(found, SIZES[:most], strict=True):
+        np.testing.assert_allclose(scores, expected(rows, raw, own.score_m, own.way_md, k), atol=1e-3)
+
+
+def test_no_more_kin_than_is_calibrated() -> None:
+    raw, own = made_up(0, 300)
+    few, many = (Pool.of_cells(np.arange(300), raw, own, most).scores(np.arange(300), raw, own) for most in (2, 4))
+    np.testing.assert_array_equal(few, many[:3])
 
 
 def test_the_order_of_cells_decides_no_digit() -> None:
-    raw, own = made_up(4, 300)
-    again = np.random.default_rng(4).permutation(300)
-    found, other = (
-        Pool.of_cells(np.arange(300), raw[order], own[order]).scores(np.arange(300), raw[order], own[order])
-        for order in (np.arange(300), again)
-    )
-    np.testing.assert_array_equal(found[again], other)
+    rng = np.random.default_rng(4)
+    raw, score, way = rng.normal(size=(300, 6)).astype(np.float32), rng.normal(size=300), rng.normal(size=(300, 9))
+    turn, rows = rng.normal(size=(9, 9)), np.arange(300)
+
+    def found(order: np.ndarray, block: int) -> np.ndarray:
+        white = np.concatenate([whitened(way[order][i : i + block], turn) for i in range(0, 300, block)])
+        own = Evidence(score[order], white)
+        return Pool.of_cells(rows, raw[order], own).scores(rows, raw[order], own)
+
+    order = rng.permutation(300)
+    np.testing.assert_array_equal(found(rows, 300)[:, order], found(order, 7))
 
 
 def test_kin_is_of_the_own_batch() -> None:
@@ -60,84 +83,130 @@ def test_kin_is_of_the_own_batch() -> None:
     found = KinScores.of_cells(pools, batch[part], part, raw[part], own[part])
     for code in (0, 1):
         rows = np.flatnonzero(batch == code)
-        of_batch = expected(np.arange(200), raw[rows], own.score_m[rows], own.away_md[rows], 15)
-        of_batch, here = of_batch[np.isin(rows, part)], batch[part] == code
-        np.testing.assert_allclose(found.kin[here], of_batch, rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(found.above[here], of_batch - np.quantile(own.score_m[rows], 0.25), atol=1e-4)
+        here, among = batch[part] == code, np.isin(rows, part)
+        parts = np.arange(200), raw[rows], own.score_m[rows], own.way_md[rows]
+        np.testing.assert_allclose(found.most[here], expected(*parts, 15)[among], atol=1e-3)
+        np.testing.assert_allclose(found.fewer[here], expected(*parts, 4)[among], atol=1e-3)
+        np.testing.assert_allclose(found.plain[here], raw_scores(*parts, np.arange(200), 15)[among], atol=1e-3)
     assert (found.size == 4).all()
-    alone = own.score_m[part] + 2 * np.log(np.linalg.norm(own.away_md[part], axis=1))
-    np.testing.assert_allclose(found.single, alone, rtol=1e-6)
 
 
 def test_ways_are_those_from_the_mean_of_the_nearest() -> None:
     rng = np.random.default_rng(5)
     reference, cells = rng.normal(size=(100, 3)).astype(np.float32), rng.normal(size=(7, 3)).astype(np.float32)
     near = np.argsort(((cells[:, None] - reference) ** 2).sum(axis=2), axis=1)[:, :30]
-    found = away_from(reference, cells, near)
+    found = ways_from(reference, cells, near)
     for cell in range(7):
         np.testing.assert_allclose(found[cell], cells[cell] - reference[near[cell, :15]].mean(axis=0), atol=1e-6)
 
 
-def test_ways_are_in_standard_deviations_about_none() -> None:
-    """A direction in which all held-out cells are away counts as little as one in which they vary."""
+def test_ways_are_in_standard_deviations_within_batches() -> None:
     rng = np.random.default_rng(6)
-    away = rng.normal(size=(20_000, 3)) @ np.array([[2.0, 0, 0], [1.0, 0.5, 0], [0, 0, 1.0]]) + [0, 3.0, 0]
-    white = whitened(away, whitening(away))
-    np.testing.assert_allclose(white.T @ white / len(white), np.eye(3), atol=0.02)
+    batch = np.repeat(np.arange(4), 5_000)
+    within = rng.normal(size=(20_000, 3)) @ np.array([[2.0, 0, 0], [1.0, 0.5, 0], [0, 0, 1.0]])
+    found = whitening(within + rng.normal(size=(4, 3))[batch] * 9, batch)
+    np.testing.assert_allclose(found @ found.T, np.linalg.inv(np.cov(within.T)), rtol=0.1, atol=0.05)
+
+
+def test_directions_of_few_batches_are_not_those_of_the_next() -> None:
+    """What types do in a batch, and in no other, makes no direction count less."""
+    rng = np.random.default_rng(7)
+    batch, types = np.repeat([0, 1], 400), rng.integers(0, 8, 800)
+    shifts = rng.normal(size=(2, 8, 30))
+    found = whitening(rng.normal(size=(800, 30)) + shifts[batch, types], batch)
+    assert np.abs(found - np.diag(np.diag(found))).max() < 1e-12
+    one = whitening(rng.normal(size=(50, 30)), np.zeros(50, int))
+    assert np.abs(one - np.diag(np.diag(one))).max() < 1e-12
 
 
 def test_a_common_way_tells_more_than_how_far_cells_are() -> None:
     """All cells are as far away, but those of one type into one direction."""
     rng = np.random.default_rng(7)
     raw = np.repeat(np.eye(4), 100, axis=0) + rng.normal(scale=0.05, size=(400, 4))
-    away = rng.normal(size=(400, 20))
-    away[:100] = rng.normal(scale=0.3, size=(100, 20)) + np.eye(20)[0] * 4
-    away *= np.sqrt(20) / np.linalg.norm(away, axis=1, keepdims=True)
-    own = Evidence(rng.normal(size=400), whitened(away, np.eye(20)))
+    way = rng.normal(size=(400, 20))
+    way[:100] = rng.normal(scale=0.3, size=(100, 20)) + np.eye(20)[0] * 4
+    way *= np.sqrt(20) / np.linalg.norm(way, axis=1, keepdims=True)
+    own = Evidence(rng.normal(size=400), whitened(way, np.eye(20)))
     found = Pool.of_cells(np.arange(400), raw, own).scores(np.arange(400), raw, own)
-    assert found[:100].min() > found[100:].max()
-    assert np.median(own.single[:100]) < np.quantile(own.single[100:], 0.8), "single cells do not tell it"
+    assert found[4, :100].min() > found[4, 100:].max()
+    assert np.median(found[0, :100]) < np.quantile(found[0, 100:], 0.8), "single cells do not tell it"
 
 
-def test_a_type_that_is_most_of_a_batch_does_not_hide_itself() -> None:
-    """Cells that are far off stand out as much if they are six in ten of a batch as if they are one in ten."""
+@pytest.mark.parametrize("count", [20, 120])
+def test_a_type_of_any_size_stands_out_and_a_batch_as_a_whole_does_not(count: int) -> None:
+    """The way of the batch, and what its cells usually score, are taken from those that look least novel."""
     rng = np.random.default_rng(8)
-    above = []
-    for count in (120, 20):
-        raw = np.repeat(np.eye(2), [count, 200 - count], axis=0) + rng.normal(scale=0.05, size=(200, 2))
-        score = rng.normal(size=200) + 10 * (raw[:, 0] > raw[:, 1])
-        own = Evidence(score, whitened(rng.normal(size=(200, 4)), np.eye(4)))
-        pool = Pool.of_cells(np.arange(200), raw, own)
-        above.append(pool.above(pool.scores(np.arange(200), raw, own), pool.size)[raw[:, 0] > raw[:, 1]].mean())
-    assert above[0] == pytest.approx(above[1], abs=2)
+    raw = np.repeat(np.eye(2), [count, 200 - count], axis=0) + rng.normal(scale=0.05, size=(200, 2))
+    score, way = rng.normal(size=200), rng.normal(size=(200, 4))
+    score[:count] += 10
+    way[:count] += 5
+
+    def found(offset: float) -> np.ndarray:
+        own = Evidence(score + offset, whitened(way + offset, np.eye(4)))
+        return Pool.of_cells(np.arange(200), raw, own).scores(np.arange(200), raw, own)[4]
+
+    plain = found(0)
+    assert plain[:count].mean() - plain[count:].mean() > 10
+    assert plain[:count].mean() > 9
+    np.testing.assert_allclose(found(7), plain, atol=1e-3)
 
 
-def test_cells_that_are_off_together_are_novel_and_one_that_is_off_alone_is_not() -> None:
-    """Single cells are as far off now and then; what kin says alone counts up to twenty times."""
-    rng = np.random.default_rng(2)
-    alone = NoveltyCalibration.fit(np.r_[rng.normal(size=1940), np.full(60, 6.0)], np.ones(2000))
-    means = NoveltyCalibration.fit(rng.normal(scale=0.3, size=2000), np.ones(2000))
-    own, above = np.array([4.0, 0.0, 4.0, 7.0]), np.array([2.0, 2.0, 0.0, 0.0])
-    told = alone.p_values(own)
-    p = KinCalibration((alone, alone, alone, alone, means)).p_values(KinScores(own, own, above, np.full(4, 4)))
-    assert told[0] > 0.02
-    assert p[0] < 0.01
-    assert p[1] == pytest.approx(told[1] / 20)
-    assert p[1] > 0.01
-    np.testing.assert_array_equal(p[2:], told[2:])
-    assert p[3] < 0.01, "what is farther off than all is novel, whatever its kin"
+def test_a_batch_in_few_clusters_tells_nothing_of_a_batch() -> None:
+    """A batch of one type is as far off as it is: neither its way nor its scores are what is usual."""
+    rng = np.random.default_rng(11)
+    raw, rows = rng.normal(size=(200, 6)), np.arange(200)
+    own = Evidence(rng.normal(size=200), whitened(rng.normal(size=(200, 4)) + 8, np.eye(4)))
+    usual = Usual(20.0, np.arange(5.0))
+    none, half, whole, alone = (
+        Pool.of_cells(rows, raw, own, usual=usual, spread=spread).scores(rows, raw, own)
+        for spread in (5.0, 7.5, 10.0, np.inf)
+    )
+    np.testing.assert_array_equal(whole, alone)
+    np.testing.assert_array_equal(whole[0], none[0])
+    kin = [np.argsort(-cosine_similarity(raw)[cell])[:15] for cell in rows]
+    mean = [own.score_m[near].mean() + np.log(15 * (own.way_md[near].mean(axis=0) ** 2).sum()) for near in kin]
+    np.testing.assert_allclose(none[4], np.array(mean) - 4.0, atol=1e-3)
+    assert np.quantile(whole[4], 0.25) == pytest.approx(0, abs=0.05)
+    assert np.median(whole[4]) < np.median(half[4]) < np.median(none[4])
 
 
-def test_means_are_compared_with_means_of_as_many_cells() -> None:
-    """A small batch has small kin, whose means vary more."""
+def test_clusters_are_counted() -> None:
+    assert spread_of(np.eye(7)) == pytest.approx(7)
+    assert spread_of(np.tile([0.5, 0.5, 0], (9, 1))) == pytest.approx(2)
+
+
+def test_p_values_are_calibrated_for_each_number_of_kin() -> None:
+    """The lesser of two p-values is small more often than either; small kin is calibrated on small kin."""
     rng = np.random.default_rng(3)
-    counts = (1, 2, 4, 8, 15)
-    sizes = tuple(NoveltyCalibration.fit(rng.normal(scale=count**-0.5, size=2000), np.ones(2000)) for count in counts)
-    own = np.full(2000, np.quantile(sizes[0].scores_s, 0.7))  # between kin's p-value and twenty times that
-    for place, count in enumerate(counts[1:], 1):
-        above = rng.normal(scale=count**-0.5, size=2000)
-        p = KinCalibration(sizes).p_values(KinScores(own, own, above, np.full(2000, place)))
-        assert np.abs(np.mean(p <= 0.1) - 0.1) < 0.03
+
+    def scores(n: int) -> np.ndarray:
+        """What 15 cells score has something of what two of them do."""
+        single = rng.normal(size=(n, 15))
+        return np.stack([single[:, :k].mean(axis=1) for k in SIZES])
+
+    held_out, batch = scores(4_000), np.repeat(np.arange(8), 500)
+    held_out[3:, batch < 4] = np.nan
+    calibration = KinCalibration.fit(held_out, batch)
+    fewer = (0, 1, 1, 1, 2)
+    for size in range(5):
+        fresh = scores(4_000)
+        most, less = fresh[size], fresh[fewer[size]]
+        p = calibration.p_values(KinScores(most, most, less, np.full(4_000, size)))
+        for level in (0.05, 0.2):
+            assert np.mean(p <= level) == pytest.approx(level, rel=0.25), (size, level)
+        again = calibration.p_values(KinScores(most, np.full(4_000, 9.0), less, np.full(4_000, size)))
+        assert (again <= 0.002).all(), "what is farther off than all is novel"
+
+
+def test_batches_that_are_too_small_for_kin_calibrate_none() -> None:
+    """A batch of 25 cells is looked at in twos: what it scores so is no measure for 15 cells."""
+    scores = np.random.default_rng(9).normal(size=(5, 145))
+    scores[2:, :25] = np.nan
+    scores[4] = np.nan
+    found = KinCalibration.fit(scores, np.repeat([0, 1], [25, 120]))
+    assert [len(part.scores_s) for part in found.sizes] == [145, 145, 120, 120]
+    assert [len(part.scores_s) for part in found.both] == [145, 145, 120, 120]
+    np.testing.assert_array_equal(found.sizes[3].scores_s, np.sort(scores[3, 25:]))
 
 
 def test_held_out_cells_have_kin_in_their_batch(reference: Reference) -> None:
@@ -146,16 +215,24 @@ def test_held_out_cells_have_kin_in_their_batch(reference: Reference) -> None:
     rows = held_out.rows
     batch, raw = frozen.batch_n[rows], np.asarray(frozen.raw_na[rows])
     assert held_out.pool >= np.bincount(batch).max(), "all are in the pool, for this to be told"
-    corrected = np.concatenate(
-        [_corrected(frozen, mine, mine) for mine in np.split(rows, np.flatnonzero(np.diff(batch)) + 1)]
-    )
-    around = np.asarray(frozen.anchor_na)[held_out.indices[:, :15]].mean(axis=1)
-    away = (corrected - around) @ held_out.whitening
+    of_batch = [rows[batch == code] for code in np.unique(batch)]
+    corrected = np.concatenate([_corrected(frozen, mine, mine) for mine in of_batch])
+    ways = corrected - np.asarray(frozen.anchor_na)[held_out.indices[:, :15]].mean(axis=1)
+    np.testing.assert_allclose(held_out.whitening, whitening(ways.astype(np.float64), batch), rtol=0.05, atol=0.02)
     alone = frozen.novelty(raw, corrected, held_out.distances)
-    np.testing.assert_allclose(away.T @ away / len(away), np.eye(away.shape[1]), atol=0.3)
     for code in np.unique(batch):
         mine = np.flatnonzero(batch == code)
-        for place, size in enumerate((1, 2, 4, 8, 15)):
-            whole = expected(np.arange(len(mine)), raw[mine], alone[mine], away[mine], size)
-            whole -= np.quantile(alone[mine], 0.25) if place else 0
-            np.testing.assert_allclose(held_out.scores[place, mine], whole, rtol=1e-3, atol=1e-3)
+        parts = np.arange(len(mine)), raw[mine], alone[mine], ways[mine] @ held_out.whitening
+        for place, k in enumerate(SIZES):
+            np.testing.assert_allclose(held_out.scores[place, mine], expected(*parts, k), rtol=2e-3, atol=5e-3)
+
+
+def test_two_calibrations_of_novelty_are_one_p_value() -> None:
+    """A type with few cells is told by its few, one with many by all of them."""
+    rng = np.random.default_rng(2)
+    sizes = tuple(NoveltyCalibration.fit(rng.normal(size=2_000), np.ones(2_000)) for _ in range(5))
+    both = tuple(NoveltyCalibration.fit(rng.exponential(size=2_000), np.ones(2_000)) for _ in range(5))
+    most, fewer = np.array([9.0, 0.0, 0.0]), np.array([0.0, 9.0, 0.0])
+    p = KinCalibration(sizes, both).p_values(KinScores(most, most, fewer, np.full(3, 4)))
+    assert (p[:2] < 0.01).all()
+    assert p[2] > 0.1

@@ -12,10 +12,12 @@ from scipy import sparse
 
 from schelix_scale import Reference, extend, open_store
 from schelix_scale.errors import DataError, RunError
-from schelix_scale.mapping.calibration import Calibration, KinCalibration, hold_out
+from schelix_scale.mapping.calibration import Calibration, KinCalibration
 from schelix_scale.mapping.columns import LabelColumns, check_keys
 from schelix_scale.mapping.correction import fit_batch
 from schelix_scale.mapping.genes import match_genes
+from schelix_scale.mapping.held_out import hold_out
+from schelix_scale.mapping.kin import Usual
 from schelix_scale.mapping.query import content_order
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.progress import QuietReporter
@@ -168,14 +170,20 @@ def test_held_out_cells_have_no_neighbour_of_their_batch(reference: Reference) -
 
 
 def test_a_calibration_is_kept_as_it_is(tmp_path: Path) -> None:
-    parts = [NoveltyCalibration(np.arange(3.0) + i, np.array([0.5, 0.3, 0.2])) for i in range(10)]
+    parts = [NoveltyCalibration(np.arange(3.0) + i, np.array([0.5, 0.3, 0.2])) for i in range(14)]
     label = LabelCalibration(1.5, 0.02, np.arange(4.0), np.full(4, 0.25))
-    novelty, unlabelled = KinCalibration(tuple(parts[:5])), KinCalibration(tuple(parts[5:]))
-    Calibration(novelty, unlabelled, (label,), np.arange(9.0).reshape(3, 3), 123).save(tmp_path / "c.npz")
+    novelty = KinCalibration(tuple(parts[:5]), tuple(parts[5:10]))
+    unlabelled = KinCalibration(tuple(parts[10:12]), tuple(parts[12:]))
+    usual = Usual(7.5, np.arange(5.0))
+    Calibration(novelty, unlabelled, (label,), np.arange(9.0).reshape(3, 3), usual, 123).save(tmp_path / "c.npz")
     again = Calibration.load(tmp_path / "c.npz")
-    for one, other in zip(again.novelty.sizes + again.unlabelled.sizes, parts, strict=True):
+    found = [*again.novelty.sizes, *again.novelty.both, *again.unlabelled.sizes, *again.unlabelled.both]
+    for one, other in zip(found, parts, strict=True):
         np.testing.assert_array_equal(one.scores_s, other.scores_s)
         np.testing.assert_array_equal(one.weight_s, other.weight_s)
+    assert again.most == 1
+    assert again.usual.spread == 7.5
+    np.testing.assert_array_equal(again.usual.score_z, np.arange(5.0))
     assert again.pool == 123
     np.testing.assert_array_equal(again.whitening_dd, np.arange(9.0).reshape(3, 3))
     assert (again.labels[0].temperature, again.labels[0].floor) == (1.5, 0.02)

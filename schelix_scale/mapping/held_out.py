@@ -1,0 +1,138 @@
+"""Batches of a reference -> cells as if they were new ones: corrected anew, neighbours in other batches, scored.
+
+Each held-out batch goes through the same steps as a query: its displacement is fitted anew, and its cells find their
+neighbours among the cells of all other batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from schelix_scale.errors import DataError
+from schelix_scale.graph.nearest import nearest_in_blocks
+from schelix_scale.graph.vectors import row_blocks, unit_rows
+from schelix_scale.mapping.correction import fit_batch, shifted
+from schelix_scale.mapping.evidence import Evidence, ways_from, whitened, whitening
+from schelix_scale.mapping.kin import POOL, SIZES, Pool, Usual, spread_of
+from schelix_scale.mapping.reference import Frozen
+from schelix_scale.mapping.settings import MapConfig
+from schelix_scale.scheduling import run_tasks
+
+EXACT_BELOW = 60_000
+WIDER = 6
+FIT_CELLS = 2_000
+LEAST_OF_BATCH = 400  # held-out cells, if it has them: kin among fewer are not alike
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out cells (s,): rows, neighbours in other batches, novelty (5, s) by size of kin; how large a pool is."""
+
+    rows: np.ndarray
+    indices: np.ndarray
+    distances: np.ndarray
+    scores: np.ndarray
+    whitening: np.ndarray
+    usual: Usual
+    pool: int
+
+
+def hold_out(
+    frozen: Frozen, settings: MapConfig, threads: int = 1, advance: Callable[[int], None] = lambda _: None
+) -> HeldOut:
+    """Map cells of batches of the reference onto the others.
+
+    Raises
+    ------
+    DataError
+        The reference has one batch, or one beside which there are hardly any cells.
+    """
+    rng = np.random.default_rng([frozen.config.seed, 0xCA1])
+    batches, sizes = np.unique(frozen.batch_n, return_counts=True)
+    if len(batches) > settings.calibration_batches:
+        drawn = np.sort(rng.choice(len(batches), settings.calibration_batches, replace=False))
+        batches, sizes = batches[drawn], sizes[drawn]
+    share = max(LEAST_OF_BATCH, settings.calibration_cells // len(batches))
+    chosen: list[tuple[np.ndarray, np.ndarray]] = []
+    for batch, size in zip(batches.tolist(), sizes, strict=True):
+        cells = np.flatnonzero(frozen.batch_n == batch)
+        fit = np.sort(rng.choice(cells, min(FIT_CELLS, size), replace=False))
+        rows = np.sort(rng.choice(fit, min(share, len(fit)), replace=False))
+        if size < frozen.n_cells - frozen.config.graph.k:
+            chosen.append((fit, rows))
+    moved: list[np.ndarray] = [np.zeros(0)] * len(chosen)
+
+    def task(place: int) -> int:
+        moved[place] = _corrected(frozen, *chosen[place])
+        return share
+
+    run_tasks(task, range(len(chosen)), threads, None, advance)
+    if not chosen:
+        raise DataError(
+            f"the reference {frozen.directory.path} has {len(batches)} batches, none of which can be held out: "
+            f"{frozen.config.graph.k} cells must be left. Mapping is calibrated on held-out batches."
+        )
+    rows, corrected = np.concatenate([rows for _, rows in chosen]), np.concatenate(moved)
+    indices, distances = _neighbors_elsewhere(frozen, corrected, frozen.batch_n[rows], threads)
+    pool = min(share, POOL)
+    raw, batch = np.asarray(frozen.raw_na[rows]), frozen.batch_n[rows]
+    ways = ways_from(frozen.anchor_na, corrected, indices)
+    whitening_dd = whitening(ways, batch)
+    own = Evidence(frozen.novelty(raw, corrected, distances), whitened(ways, whitening_dd))
+    cells_of = [np.flatnonzero(batch == code) for code in np.unique(batch)]
+    kin_of = [np.sort(rng.choice(mine, min(pool, len(mine)), replace=False)) for mine in cells_of]
+    spread_b = [spread_of(frozen.clusters.weights(corrected[kin])) for kin in kin_of]
+    usual = _usual([Pool.of_cells(rows[kin], raw[kin], own[kin]) for kin in kin_of], spread_b)
+    scores = np.full((len(SIZES), len(rows)), np.nan)
+    for mine, kin, spread in zip(cells_of, kin_of, spread_b, strict=True):
+        among = Pool.of_cells(rows[kin], raw[kin], own[kin], usual=usual, spread=spread)
+        scores[: among.size + 1, mine] = among.scores(rows[mine], raw[mine], own[mine])
+    return HeldOut(rows, indices, distances, scores, whitening_dd, usual, pool)
+
+
+def _usual(pools: Sequence[Pool], spread_b: Sequence[float]) -> Usual:
+    """Return medians over batches, of those that have kin of a size."""
+    score_z = np.zeros(len(SIZES))
+    for size in range(len(SIZES)):
+        there = [pool.usual_z[size] for pool in pools if pool.size >= size]
+        score_z[size] = np.median(there) if there else 0.0
+    return Usual(float(np.median(spread_b)), score_z)
+
+
+def _corrected(frozen: Frozen, fit: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Correct cells of a batch as those of a new one, whose displacement is fitted on the cells ``fit``."""
+    if not frozen.corrects:
+        return np.asarray(frozen.anchor_na[rows])
+    empty = np.zeros((len(fit), 0), np.float32)
+    clusters = frozen.clusters.without_variants()
+    shift = fit_batch(clusters, np.asarray(frozen.raw_na[fit]), empty)
+    raw = np.asarray(frozen.raw_na[rows])
+    return shifted(shift, raw, empty[: len(rows)], frozen.streams.strength)[0]
+
+
+def _neighbors_elsewhere(
+    frozen: Frozen, corrected_md: np.ndarray, batch_m: np.ndarray, threads: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbours of cells among those of other batches than their own: (m, k) rows and distances.
+
+    Among many cells, those of the index are taken where there are k of other batches among the nearest 6 k.
+    """
+    m, k = len(corrected_md), frozen.config.graph.k
+    indices, distances = np.zeros((m, k), np.int64), np.zeros((m, k), np.float32)
+    done_m = np.zeros(m, bool)
+    if frozen.n_cells > EXACT_BELOW:
+        found, away = frozen.index.query(corrected_md, min(WIDER * k, frozen.n_cells), threads)
+        own = frozen.batch_n[found] == batch_m[:, None]
+        done_m = (~own).sum(axis=1) >= k
+        order = np.argsort(own, axis=1, kind="stable")[:, :k]
+        indices, distances = (np.take_along_axis(part, order, axis=1) for part in (found, away))
+    for batch in np.unique(batch_m[~done_m]):
+        rows = np.flatnonzero(~done_m & (batch_m == batch))
+        others = np.flatnonzero(frozen.batch_n != batch)
+        blocks = ((start, unit_rows(frozen.anchor_na[others[start:stop]])) for start, stop in row_blocks(len(others)))
+        near, distances[rows] = nearest_in_blocks(unit_rows(corrected_md[rows]), blocks, k)
+        indices[rows] = others[near]
+    return indices, distances
