@@ -58,7 +58,7 @@ def map_verb(
     """
     from schelix_scale.mapping.api import map_cells
     from schelix_scale.mapping.settings import load_map_config
-    from schelix_scale.output import print_lines, repeat_warnings
+    from schelix_scale.output import counted, print_lines, repeat_warnings
 
     reporter = make_reporter(quiet)
     mapped = map_cells(
@@ -77,9 +77,10 @@ def map_verb(
     if quiet:
         return
     summary = mapped.manifest["summary"]
+    batches = counted(summary["batches"], "batch", "batches")
     missing = f", {summary['used_genes_missing_share']:.1%} of those used are missing"
     lines = {
-        "mapped": f"{summary['cells']:,} cells in {summary['batches']:,} batches: {mapped.path}/mapped.zarr",
+        "mapped": f"{summary['cells']:,} cells in {batches}: {mapped.path}/mapped.zarr",
         "genes": f"{summary['genes_matched']:,} of {summary['genes_reference']:,}" + missing,
         "novel": f"{summary['novel_share']:.1%} of the cells",
     }
@@ -134,12 +135,13 @@ def extend(
     if quiet:
         return
     summary = extended.manifest["summary"]
-    new = summary["extension"]
-    print_lines(
-        {
-            "extended": f"{extended.path}, version {summary['version']}: {summary['cells']:,} cells in "
-            f"{summary['batches']:,} batches, {new['cells']:,} and {len(new['batches']):,} of them new",
-            "neighbours": f"{new['recall']:.3f} of the exact ones of new cells were found",
-            "embedding": str(extended.path / "embedding.zarr"),
-        }
-    )
+    version = len(extended.manifest["source"]["extends"]) + 1
+    lines = {
+        "extended": f"{extended.path}, version {version}: {summary['cells']:,} cells in "
+        f"{summary['batches']:,} batches"
+    }
+    new = summary.get("extension", {})
+    if "batches" in new:
+        lines["extended"] += f", {new['cells']:,} and {len(new['batches']):,} of them new"
+        lines["neighbours"] = f"{new['recall']:.3f} of the exact ones of new cells were found"
+    print_lines({**lines, "embedding": str(extended.path / "embedding.zarr")})

@@ -87,7 +87,9 @@ Scheduler = Annotated[
         metavar="tcp://HOST:PORT",
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start over: remove the run that is in RUN.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Start over: remove what is in the directory that -o names.")
+]
 Changes = Annotated[
     list[str] | None,
     typer.Option(

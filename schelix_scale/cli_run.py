@@ -36,9 +36,7 @@ from schelix_scale.cli_options import (
     Threads,
 )
 
-IN_DATA = ("label_key", "layer", "genes_join", "obs_filter", "census_version", "census_uri", "protect")
 ELSEWHERE = ("strength", "max_memory", "seed", "threads", "device", "scheduler")
-SETTINGS = {name: f"data.{name}" for name in IN_DATA} | {name: name for name in ELSEWHERE}
 NEXT = {"graph": "train", "train": "embed"}
 
 
@@ -223,7 +221,10 @@ def embed(
 
 def _given(context: typer.Context) -> dict[str, Any]:
     """Return the options of a verb that are settings, by the settings' names."""
-    return {name: context.params[option] for option, name in SETTINGS.items() if context.params[option] != []}
+    from schelix_scale.config import OF_DATA
+
+    settings = {name: f"data.{name}" for name in OF_DATA} | {name: name for name in ELSEWHERE}
+    return {name: context.params[option] for option, name in settings.items() if context.params[option] != []}
 
 
 def _chosen(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
+OF_DATA = ("label_key", "layer", "genes_join", "obs_filter", "census_version", "census_uri", "protect")  # by name alone
 _SECRET = re.compile(r"secret|token|password|key|sas|credential", re.IGNORECASE)
 
 

@@ -178,6 +178,7 @@ class Context:
             "dims": directory.record("embed").details["dims"],
             "operator_id": directory.record("train").details["operator_id"],
             "seconds": round(sum(record.seconds for record in directory.records()), 1),
+            **version_facts(directory),
         }
 
     def _choices(self, genes: Mapping[str, Any]) -> dict[str, Any]:
@@ -196,6 +197,18 @@ class Context:
             "strength": config.strength,
             "labelled_cells": 0 if self.known_labels is None else self.known_labels.known,
         }
+
+
+def version_facts(directory: RunDirectory) -> dict[str, Any]:
+    """Return which version of a run it is and what its last extension added, nothing if it was not extended.
+
+    A run whose graph was built anew since then knows no more of what was found when it was extended.
+    """
+    if "extends" not in directory.source:
+        return {}
+    found = directory.record("graph").details.get("extensions", [{}])[-1]
+    added = {key: found[key] for key in ("cells", "batches", "recall") if key in found}
+    return {"version": len(directory.source["extends"]) + 1, "extension": added}
 
 
 def not_done(directory: RunDirectory, stage: str) -> RunError:

@@ -22,7 +22,7 @@ from schelix_scale.context import Context, not_done
 from schelix_scale.errors import ConfigError, RunError
 from schelix_scale.progress import QuietReporter, Reporter, RichReporter
 from schelix_scale.recorded import RecordedStore
-from schelix_scale.records import recorded_stages
+from schelix_scale.records import LATER, recorded_stages, refuse_mapped
 from schelix_scale.run import Run, RunDirectory
 from schelix_scale.stages import STAGES
 from schelix_scale.stages.graph import search_ahead
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from schelix_scale.training.dist import Ranks
 
 NAMES = ("genes", "features", "graph", "train", "embed")
-LATER = NAMES[2:]
 TOGETHER = "train", "embed"  # stages in which all ranks take part, also to hear that they are done
 
 
@@ -197,6 +196,7 @@ def recorded_context(
 
 def _changed(directory: RunDirectory, due: Sequence[str], settings: Mapping[str, Any]) -> Config:
     """Return the settings of a run with some changed that only matter to the stages that are due."""
+    refuse_mapped(directory.path, directory.source)
     named = {key.replace("__", "."): value for key, value in settings.items()}
     config = merge_settings(directory.config, None, named)
     for change in config_differences(directory.config, config):

@@ -14,6 +14,7 @@ import pandas as pd
 from schelix_scale.errors import RunError, StoreError
 from schelix_scale.progress import QuietReporter, Reporter, Stage
 from schelix_scale.publish import publish, size_of
+from schelix_scale.records import refuse_mapped
 from schelix_scale.run import Run
 from schelix_scale.stores import open_store
 from schelix_scale.stores.opening import is_soma
@@ -58,6 +59,7 @@ def export_run(
         is the source or the run, or has the suffix of another format.
     """
     run = run if isinstance(run, Run) else Run.open(run)
+    refuse_mapped(run.path, run.manifest["source"])
     target = Path(out).expanduser()
     source = _source_of(run)
     if source is None:

@@ -29,7 +29,7 @@ def print_run(run: Run, out: str) -> None:
     source = Path(run.manifest["source"]["uri"])
     shape = f"{summary['cells']:,} cells x {summary['dims']}"
     _line(console, "embedding", f"{embedding}, obsm['X_schelix']: {shape}")
-    _line(console, "cells", f"{summary['cells']:,} in {summary['batches']:,} batches")
+    _line(console, "cells", f"{summary['cells']:,} in {counted(summary['batches'], 'batch', 'batches')}")
     _line(console, "genes", _roles(summary))
     _line(console, "values", summary["values_reason"])
     _line(console, "time", _times(run))
@@ -92,6 +92,11 @@ def print_demo(result: DemoResult) -> None:
         console.print(
             "The wells do not differ beyond chance, so nothing was corrected: the run is single-stream.", soft_wrap=True
         )
+
+
+def counted(count: int, one: str, more: str) -> str:
+    """Return a number and what it counts: "1 batch", "2 batches"."""
+    return f"{count:,} {one if count == 1 else more}"
 
 
 def print_lines(lines: Mapping[str, str]) -> None:

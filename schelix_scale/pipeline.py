@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from schelix_scale.compute import keep_memory_low, limited_threads, release_memory, share_cores
-from schelix_scale.config import Config
+from schelix_scale.config import OF_DATA, Config
 from schelix_scale.config_io import merge_settings
 from schelix_scale.context import Context
 from schelix_scale.continuing import check_device, continue_run, finish
@@ -73,7 +73,8 @@ def integrate(
         Where progress goes; standard error by default.
     **settings
         Single settings with ``__`` or a dot between levels, as ``genes__n_hvg=1000``, ``seed=1``, or
-        ``**{"graph.k": 15}``. They win over ``config``.
+        ``**{"graph.k": 15}``; and ``layer``, ``protect``, ``genes_join``, ``obs_filter``, ``census_version`` and
+        ``census_uri`` as they are. They win over ``config``.
 
     Returns
     -------
@@ -157,7 +158,7 @@ def _started(
     """Open the source and claim the run directory for the settings, of which ``given`` win over ``settings``."""
     share_cores()
     keep_memory_low()
-    named = {key.replace("__", "."): value for key, value in settings.items()}
+    named = {f"data.{key}" if key in OF_DATA else key.replace("__", "."): value for key, value in settings.items()}
     label_key = given["data.label_key"]
     if label_key is not None and named.get("data.label_key", label_key) != label_key:
         raise ConfigError(f"label_key is {label_key!r} and data.label_key {named['data.label_key']!r}. Give one.")

@@ -15,6 +15,7 @@ from schelix_scale.publish import checksum, partial_path, remove, size_of
 
 FORMAT = 1
 START = "start.pt"  # the weights from which a finished run is trained on
+LATER = ("graph", "train", "embed")
 AGAIN = "Run the same `schelix integrate` command again"
 
 
@@ -27,6 +28,10 @@ def again(source: Mapping[str, Any]) -> str:
 def unfinished(root: Path, source: Mapping[str, Any]) -> str:
     """Return that a run is not finished, and what to do: one that is being trained on is not made again."""
     advice = again(source)
+    done = set(recorded_stages(root))
+    due = next((stage for stage in LATER if stage not in done), LATER[-1])
+    if "integrate" in advice and {"genes", "features"} <= done:
+        advice += f", or `schelix {due} {root}` if it was made or changed stage by stage,"
     if (root / START).exists():
         advice = f"Run `schelix embed {root}`, after `schelix train {root} --continue` if that was interrupted,"
     return f"the run {root} is not finished: it has no manifest.json. {advice} to finish it."
@@ -141,6 +146,15 @@ def refuse_foreign(path: Path) -> None:
         raise RunError(
             f"{path} is not a run (no run.json) and not empty: it has {', '.join(others[:3])}"
             f"{', ...' if len(others) > 3 else ''}. Choose another output directory with -o; nothing here was changed."
+        )
+
+
+def refuse_mapped(path: Path, source: Mapping[str, Any]) -> None:
+    """Raise a `RunError` if a directory holds cells mapped onto a run: nothing is trained there, or copied from it."""
+    if "mapped_onto" in source:
+        raise RunError(
+            f"{path} holds cells mapped onto {source['mapped_onto']['path']}, not a run. What was found of them is in "
+            f"{path / 'mapped.zarr'} (anndata.read_zarr); to make a run of both, extend that run (schelix extend)."
         )
 
 

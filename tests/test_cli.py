@@ -103,7 +103,7 @@ def test_the_next_command_can_be_pasted(
 
 def test_overwrite_says_that_the_run_is_removed() -> None:
     shown = CliRunner().invoke(app, ["integrate", "--help"], env={"COLUMNS": "200"}).output
-    assert "Start over: remove the run that is in RUN." in shown
+    assert "Start over: remove what is in the directory that -o names." in shown
 
 
 def test_strength_is_explained() -> None:

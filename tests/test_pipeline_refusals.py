@@ -104,7 +104,7 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(source: Path, t
     adata = make_adata()
     adata.obs["condition"] = [np.nan, *adata.obs["condition"][1:]]
     with pytest.raises(DataError, match=r"condition have no value in 1 of 360 cells \(first: cell0\)"):
-        run(adata, tmp_path / "run", data__protect=("condition",))
+        run(adata, tmp_path / "run", protect=("condition",))
     with pytest.raises(DataError, match="is the batch key"):
         run(source, tmp_path / "run", data__protect=("batch",))
     assert not (tmp_path / "run").exists()

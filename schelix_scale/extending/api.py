@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from schelix_scale.compute import keep_memory_low, limited_threads, reused_memory, share_cores
+from schelix_scale.context import version_facts
 from schelix_scale.errors import DataError, RunError
 from schelix_scale.extending.stages import EXTENSION, Extension
 from schelix_scale.mapping.api import NEEDED, Reference
@@ -177,18 +178,13 @@ def _nonzeros(reference: Reference, store: CellStore) -> float:
 def _summary(reference: Reference, query: Query, directory: RunDirectory) -> dict[str, Any]:
     """Return the run's summary, with what the extension changed."""
     before = Run.open(reference.path).manifest["summary"]
-    genes = query.directory.record("project").details
+    genes, facts = query.directory.record("project").details, version_facts(directory)
     return {
         **before,
         "cells": reference.frozen.n_cells + query.store.n_cells,
         "batches": before["batches"] + len(query.batches.names),
         "operator_id": directory.record("train").details["operator_id"],
         "seconds": round(sum(record.seconds for record in directory.records()), 1),
-        "version": len(directory.source["extends"]) + 1,
-        "extension": {
-            "cells": query.store.n_cells,
-            "batches": query.directory.record("correct").details["batches"],
-            "recall": directory.record("graph").details["extensions"][-1]["recall"],
-            **genes,
-        },
+        **facts,
+        "extension": {**facts["extension"], **genes},
     }

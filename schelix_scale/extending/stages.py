@@ -147,13 +147,14 @@ class Extension:
         query.reporter.say(f"neighbour recall of new cells {audit['recall']:.3f}")
         details = self._details("graph")
         known = details.get("extensions", [])
+        facts = {"cells": query.store.n_cells, "batches": query.directory.record("correct").details["batches"]}
         learned_on = self._details("train")["operator_id"]
         made, names = [], {}
         for old in dict.fromkeys((details["operator_id"], learned_on)):
             names[old] = self._next_id(old)
             made += self._append_operator(old, names[old], rows, [*known, audit])
         more = {"operator_id": names[details["operator_id"]], "learned_on": names[learned_on]}
-        return made, {**details, **more, "extensions": [*known, audit]}
+        return made, {**details, **more, "extensions": [*known, {**audit, **facts}]}
 
     def _next_id(self, name: str) -> str:
         content = f"{name} {self.directory.source['fingerprint']}"

@@ -63,8 +63,8 @@ def missing_layer(layer: str, available: Sequence[str], source: str) -> StoreErr
     """Return the error for a layer that is not there."""
     listed = ", ".join(available) or "none"
     if layer == "X":
-        return StoreError(f"{source} has no X. Choose another layer (--set data.layer=NAME) of those there: {listed}.")
-    return StoreError(f"{source} has no layer {layer!r}. Available: {listed} (--set data.layer=NAME).")
+        return StoreError(f"{source} has no X. Choose another layer (--layer NAME) of those there: {listed}.")
+    return StoreError(f"{source} has no layer {layer!r}. Available: {listed} (--layer NAME).")
 
 
 def index_length(frame: Any, what: str) -> int:

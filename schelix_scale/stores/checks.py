@@ -134,5 +134,5 @@ def _of_file(store: CellStore, row: int) -> str:
 def _other_layers(store: CellStore) -> str:
     others = [name for name in store.available_layers if name != store.layer]
     if others:
-        return f"--set data.layer=NAME with one of {', '.join(others)}"
-    return "--set data.layer=counts (or raw), once the file has them"
+        return f"--layer NAME with one of {', '.join(others)}"
+    return "--layer counts (or raw), once the file has them"

@@ -109,7 +109,7 @@ def _layer(asked: str, layers: list[str], measurements: list[str], what: str) ->
     if asked == "raw" and "raw" in measurements:
         listed += "; its raw values are a measurement of their own: --set data.measurement=raw"
     unclear = "no layer 'data' and not one layer alone" if asked == "X" else f"no layer {asked!r}"
-    raise StoreError(f"{what} has {unclear}. Available: {listed} (--set data.layer=NAME).")
+    raise StoreError(f"{what} has {unclear}. Available: {listed} (--layer NAME).")
 
 
 @final

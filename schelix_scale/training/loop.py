@@ -63,8 +63,8 @@ def train(
         if ranks.main:
             if newest(training.folder) is not None:
                 reporter.say(
-                    f"{training.folder} holds no checkpoint of these settings and features that can be read: what is "
-                    "there is removed, and training begins anew"
+                    f"{training.folder} holds no checkpoint of this training that can be read: those that are there "
+                    "are removed, and it begins at its first step"
                 )
             clear_checkpoints(training.folder)
         if start is not None:

@@ -188,10 +188,15 @@ def test_the_verbs(atlas: Atlas, query_file: Path, tmp_path: Path) -> None:
     options = ["--batch-key", "batch", "--label-key", "cell_type", "-s", "coverage=0.8", "-o", str(tmp_path / "m")]
     mapped = cli.invoke(app, ["map", run, new, *options])
     assert mapped.exit_code == 0, mapped.output
-    assert "200 cells in 1 batches" in mapped.output
+    assert "200 cells in 1 batch:" in mapped.output
     assert "type0 " in mapped.output
     obs = anndata.read_zarr(tmp_path / "m" / "mapped.zarr").obs
     assert {"schelix_cell_type", "schelix_cell_type_probability", "schelix_cell_type_set"} <= set(obs)
+    for verb in (["train"], ["graph"], ["embed"], ["export"]):
+        last = [str(tmp_path / "out.h5ad")] if verb == ["export"] else []
+        refused = cli.invoke(app, [*verb, str(tmp_path / "m"), *last])
+        assert refused.exit_code == 1
+        assert "holds cells mapped onto" in " ".join(refused.output.split())
     more = cli.invoke(app, ["extend", run, new, "-b", "batch", "-o", str(tmp_path / "v2"), "--quiet"])
     assert (more.exit_code, more.output) == (0, "")
     assert cli.invoke(app, ["verify", str(tmp_path / "v2")]).exit_code == 0
@@ -249,11 +254,21 @@ def test_a_run_that_was_trained_on_is_not_filled_with_what_the_old_model_makes(
         assert f"is not finished: it has no manifest.json. Run `schelix embed {out}`, after `schelix train" in says
     assert continue_run(out, "embed", reporter=QuietReporter()) is not None  # no training had begun: the old weights
     np.testing.assert_allclose(Run.open(out).embedding, extended.embedding, atol=1e-5)
+    before, after = (run.manifest["summary"] for run in (extended, Run.open(out)))
+    for key in ("cells", "batches", "recall"):
+        assert after["extension"][key] == before["extension"][key]
+    assert after["version"] == 2
+    again = CliRunner().invoke(app, ["extend", str(atlas.run), str(query_file), "-b", "batch", "-o", str(out)])
+    assert again.exit_code == 0, again.output
+    assert "version 2" in again.output
 
 
 def test_one_cannot_go_on_without_a_training(atlas: Atlas, tmp_path: Path) -> None:
     shutil.copytree(atlas.run, tmp_path / "run")
-    (tmp_path / "run" / "stages" / "train.json").unlink()
+    for lost in ("manifest.json", "stages/embed.json", "stages/train.json"):
+        (tmp_path / "run" / lost).unlink()
+    (unfinished,) = RunDirectory.open(tmp_path / "run").verify()
+    assert f"command again, or `schelix train {tmp_path / 'run'}` if it was made or changed stage by stage" in unfinished
     done = CliRunner().invoke(app, ["train", str(tmp_path / "run"), "--continue"])
     assert done.exit_code == 1
     assert "has no finished training to continue" in " ".join(done.output.split())

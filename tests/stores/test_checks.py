@@ -138,7 +138,7 @@ class TestBlock:
             (np.nan, r"layer 'X' has 1 NaN values among the 4 stored.*cell c7, gene g2, value nan\)\. Replace"),
             (np.inf, r"1 infinite values .*cell c7, gene g2, value inf.*raw counts"),
             (-np.inf, r"1 infinite values .*cell c7, gene g2, value -inf"),
-            (-0.5, r"1 negative values .*cell c7, gene g2, value -0.5.*scaled or z-scored.*--set data.layer=counts"),
+            (-0.5, r"1 negative values .*cell c7, gene g2, value -0.5.*scaled or z-scored.*--layer counts"),
         ],
     )
     def test_bad_value(self, value: float, match: str) -> None:
@@ -148,7 +148,7 @@ class TestBlock:
     def test_other_layers_are_named(self) -> None:
         adata = to_anndata(make_truth(), -np.ones((83, 37)), layers={"umi": make_truth().x_ng})
         store = MemoryStore(adata)
-        with pytest.raises(DataError, match=r"3071 negative values.*data.layer=NAME with one of umi"):
+        with pytest.raises(DataError, match=r"3071 negative values.*--layer NAME with one of umi"):
             check_block(store.read(np.arange(83)), np.arange(83), store)
 
     def test_empty_cells(self) -> None:

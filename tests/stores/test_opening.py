@@ -181,7 +181,7 @@ def test_layers(tmp_path: Path, path: Path) -> None:
     adata.raw = adata.copy()
     adata.write_h5ad(path)
     for source in (path, adata):
-        with pytest.raises(StoreError, match=r"no layer 'count'\. Available: X, raw, counts, log \(--set data.layer"):
+        with pytest.raises(StoreError, match=r"no layer 'count'\. Available: X, raw, counts, log \(--layer NAME"):
             open_store(source, "count")
         assert open_store(source, "log").available_layers == ("X", "raw", "counts", "log")
     del adata.raw
