@@ -174,14 +174,14 @@ class Context:
             "genes": len(self.store.gene_names),
             "batches": len(self.batches.names),
             **{key: genes[key] for key in ("anchors", "variants", "single_stream", "values", "values_reason")},
-            "choices": self._choices(genes),
+            "choices": self._choices(genes, directory),
             "dims": directory.record("embed").details["dims"],
             "operator_id": directory.record("train").details["operator_id"],
             "seconds": round(sum(record.seconds for record in directory.records()), 1),
             **version_facts(directory),
         }
 
-    def _choices(self, genes: Mapping[str, Any]) -> dict[str, Any]:
+    def _choices(self, genes: Mapping[str, Any], directory: RunDirectory) -> dict[str, Any]:
         """Return what the data decided, and the settings that are the same for all data, of how much is corrected."""
         config, corrected = self.config, not genes["single_stream"]
         return {
@@ -191,6 +191,8 @@ class Context:
             "partition_rounds": genes["rounds"],
             "gene_scaling": f"sd^{config.features.scale_power:g}",
             "anchor_components": config.features.anchor_dims,
+            "clusters": directory.record("features").details.get("clusters"),  # None: an earlier version made it
+            "neighbours": config.graph.k,
             "hops": list(config.graph.hops),
             "reach": config.train.reach,
             "pull": config.train.pull,

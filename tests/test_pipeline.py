@@ -56,6 +56,8 @@ def test_what_a_run_holds(finished: schelix_scale.Run, source: Path) -> None:
     np.testing.assert_array_equal(result.obsm["X_schelix"], finished.embedding)
     assert finished.embedding.dtype == np.float32
     assert result.uns["schelix"]["source"] == str(source)
+    with np.load(finished.path / "streams.npz") as streams:
+        assert finished.manifest["summary"]["choices"]["clusters"] == len(streams["correction_centroids_kd"])
     assert list(finished.genes.columns) == ["mean", "var", "beta", "gamma", "rho", "role"]
     dense = adata.X.toarray() / adata.X.toarray().sum(axis=1, keepdims=True) * 1e4
     np.testing.assert_allclose(finished.genes["mean"], np.log1p(dense).mean(axis=0), rtol=1e-5)

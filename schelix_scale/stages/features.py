@@ -40,7 +40,8 @@ def write_stream_features(context: Context, directory: RunDirectory) -> None:
             measured = context.measured
             groups = None if measured is None else measured.group_n
             write_features(job, codes, targets, budget, context.threads, progress.advance, scheduler, groups)
-        return ["streams.npz", *names.values()], {"dims": streams.dims}
+        clusters = 0 if streams.correction is None else len(streams.correction.centroids_kd)
+        return ["streams.npz", *names.values()], {"dims": streams.dims, "clusters": clusters}
 
     inputs = {"features": config.features, "strength": config.strength, "seed": config.seed}
     context.run_stage(directory, "features", 2, inputs, ["genes"], make)

@@ -268,7 +268,7 @@ def test_one_cannot_go_on_without_a_training(atlas: Atlas, tmp_path: Path) -> No
     for lost in ("manifest.json", "stages/embed.json", "stages/train.json"):
         (tmp_path / "run" / lost).unlink()
     (unfinished,) = RunDirectory.open(tmp_path / "run").verify()
-    assert f"command again, or `schelix train {tmp_path / 'run'}` if it was made or changed stage by stage" in unfinished
+    assert f"or `schelix train {tmp_path / 'run'}` if it was made or changed stage by stage" in unfinished
     done = CliRunner().invoke(app, ["train", str(tmp_path / "run"), "--continue"])
     assert done.exit_code == 1
     assert "has no finished training to continue" in " ".join(done.output.split())
