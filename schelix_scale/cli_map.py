@@ -137,8 +137,7 @@ def extend(
     summary = extended.manifest["summary"]
     version = len(extended.manifest["source"]["extends"]) + 1
     lines = {
-        "extended": f"{extended.path}, version {version}: {summary['cells']:,} cells in "
-        f"{summary['batches']:,} batches"
+        "extended": f"{extended.path}, version {version}: {summary['cells']:,} cells in {summary['batches']:,} batches"
     }
     new = summary.get("extension", {})
     if "batches" in new:

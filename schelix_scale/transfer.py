@@ -185,7 +185,7 @@ def sharpen(votes_ml: np.ndarray, temperature: float, floor: float) -> np.ndarra
 
 @dataclass(frozen=True)
 class NoveltyCalibration:
-    """Novelty scores of held-out cells whose type the rest of the reference has: ascending, with weights (sum 1)."""
+    """Novelty scores of held-out cells, of such as are not novel: ascending, with weights (sum 1)."""
 
     scores_s: np.ndarray
     weight_s: np.ndarray
@@ -201,15 +201,16 @@ class NoveltyCalibration:
         """The least p-value that these cells can tell."""
         return 1.0 / (effective_count(self.weight_s) + 1)
 
-    def p_values(self, scores_m: np.ndarray) -> np.ndarray:
+    def p_values(self, scores_m: np.ndarray, own_m: np.ndarray | float = 0.0) -> np.ndarray:
         """Conformal p-values (m,): how often a cell that is not novel scores as high, itself counted in.
 
         One a cell, not adjusted for how many cells are tested: of n cells that are not novel, n p are at or below p.
+        ``own_m`` are the cells' weights if they are among the held-out ones, so that none is counted twice.
         """
         extra = self.least
         above = np.r_[np.cumsum(self.weight_s[::-1])[::-1], 0.0]
         place = np.searchsorted(self.scores_s, scores_m, side="left")
-        return np.asarray(np.minimum(1.0, above[place] * (1 - extra) + extra))
+        return np.asarray(np.clip((above[place] - own_m) * (1 - extra) + extra, extra, 1.0))
 
 
 def expected_calibration_error(confidence_m: np.ndarray, correct_m: np.ndarray, bins: int = 15) -> float:

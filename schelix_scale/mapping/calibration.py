@@ -24,6 +24,7 @@ from schelix_scale.transfer import (
 
 LEAST = 20
 ENOUGH = 100  # cells from which on a batch has its full weight
+BATCHES, TOLD = 3, 0.005  # of a number of kin: held-out batches, if there are so many, and the least p-value
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,25 @@ class KinCalibration:
     def fit(cls, scores_zs: np.ndarray, batch_s: np.ndarray) -> KinCalibration:
         """Calibrate on held-out cells of batches, with a score for each size: nan where a batch is too small for it.
 
-        A size for which fewer than 20 cells are left is left out, and so are larger ones.
+        A size that hardly any batch is large enough for is left out, and so are larger ones: with less than 20 cells of
+        three batches (or of as many as there are), or with so few that they cannot tell small p-values.
         """
+        batches = _batches_told(batch_s)
         sizes: list[NoveltyCalibration] = []
         both: list[NoveltyCalibration] = []
         for size, scores_s in enumerate(scores_zs):
             there = np.isfinite(scores_s)
-            if size and there.sum() < LEAST:
+            if size and _batches_told(batch_s[there]) < min(BATCHES, batches):
                 break
             weights = batch_weights(batch_s[there], ENOUGH)
-            sizes.append(NoveltyCalibration.fit(scores_s[there], weights))
-            p = _lesser(sizes, size, scores_s[there], scores_zs[less(size), there])
+            found = NoveltyCalibration.fit(scores_s[there], weights)
+            if size and found.least > max(TOLD, 2 * sizes[0].least):
+                break
+            sizes.append(found)
+            own = batch_weights(batch_s[np.isfinite(scores_zs[less(size)])], ENOUGH)
+            own_s = np.zeros(len(batch_s))
+            own_s[np.isfinite(scores_zs[less(size)])] = own
+            p = _lesser(sizes, size, scores_s[there], scores_zs[less(size), there], weights, own_s[there])
             both.append(NoveltyCalibration.fit(-np.log(p), weights))
         return cls(tuple(sizes), tuple(both))
 
@@ -73,8 +82,22 @@ class KinCalibration:
         return out
 
 
-def _lesser(sizes: Sequence[NoveltyCalibration], size: int, most_m: np.ndarray, fewer_m: np.ndarray) -> np.ndarray:
-    lesser: np.ndarray = np.minimum(sizes[size].p_values(most_m), sizes[less(size)].p_values(fewer_m))
+def _batches_told(batch_s: np.ndarray) -> int:
+    """Return of how many batches there are 20 cells."""
+    return int((np.unique(batch_s, return_counts=True)[1] >= LEAST).sum())
+
+
+def _lesser(
+    sizes: Sequence[NoveltyCalibration],
+    size: int,
+    most_m: np.ndarray,
+    fewer_m: np.ndarray,
+    weight_m: np.ndarray | float = 0.0,
+    fewer_weight_m: np.ndarray | float = 0.0,
+) -> np.ndarray:
+    """Return the lesser p-value (m,) of two; weights are those of held-out cells in the two calibrations."""
+    most = sizes[size].p_values(most_m, weight_m)
+    lesser: np.ndarray = np.minimum(most, sizes[less(size)].p_values(fewer_m, fewer_weight_m))
     return lesser
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 AROUND = 15  # nearest reference cells, from whose mean a cell is away
 STEPS, FARTHEST = 2.0**12, 1_000.0  # in one standard deviation: sums of such numbers are exact in any order
+FEW, ENOUGH = 10, 100  # cells of a batch from which on it says something of the next, and all that a batch can say
 SHRUNK = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 TINY = 1e-12
 BLOCK = 4_096
@@ -62,7 +63,7 @@ def whitening(way_sd: np.ndarray, batch_s: np.ndarray) -> np.ndarray:
 
     The covariance is shrunk to its diagonal as far as tells best the ways of each batch from those of all others
     (highest Gaussian likelihood): in few batches types can be off in directions that say nothing of the next one's.
-    Medians of batches are taken for their centres, as `kin.Pool` does. Only the diagonal counts for a single batch.
+    Medians of batches are taken for their centres. Of a single batch, or of small ones, only the diagonal counts.
     """
     batches = np.unique(batch_s)
     parts = [way_sd[batch_s == batch] for batch in batches]
@@ -70,10 +71,11 @@ def whitening(way_sd: np.ndarray, batch_s: np.ndarray) -> np.ndarray:
     squares_bdd = np.stack([part.T @ part for part in parts])
     count_b = np.array([len(part) for part in parts])
     told = np.zeros(len(SHRUNK))
-    for batch, part in enumerate(parts if len(parts) > 1 else []):
+    for batch in np.flatnonzero(count_b >= FEW) if len(parts) > 1 else ():
         others = (squares_bdd.sum(axis=0) - squares_bdd[batch]) / (count_b.sum() - count_b[batch])
-        told += [_likelihood(part, _shrunk(others, share)) for share in SHRUNK]
-    share = SHRUNK[int(told.argmax())] if len(parts) > 1 else 1.0
+        likelihoods = [_likelihood(parts[batch], _shrunk(others, share)) for share in SHRUNK]
+        told += min(count_b[batch], ENOUGH) * np.array(likelihoods)
+    share = SHRUNK[int(told.argmax())] if told.any() else 1.0
     return np.asarray(np.linalg.cholesky(np.linalg.inv(_shrunk(squares_bdd.sum(axis=0) / count_b.sum(), share))))
 
 

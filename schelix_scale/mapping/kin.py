@@ -2,11 +2,11 @@
 
 A type that the reference lacks is many cells that are alike, an outlier is one. What many of them have in common tells
 the first from the second: a mean score that is high, and above all a mean way from the reference that is long, since
-noise is another way in each. A batch can be off as a whole, so that ways are those from the median of its cells' ways,
-and what comes out is that above the lower quartile of its cells' (not the median: more than half of a batch can be of a
-type that the reference lacks). A batch that lies in few of the reference's clusters has cells of one or two types, and
-cannot tell what it is as a whole: what batches of the reference usually score is taken for it. Of a batch of less than
-20 cells each is looked at alone, and as it is.
+noise is another way in each. A batch can be off as a whole, so that ways are those from the median way of the half of
+its cells that score less, and what comes out is that above the lower quartile of its cells'. (Not the median: a type
+that the reference lacks can be up to three quarters of a batch; one that is more hides itself.) A batch that lies in
+few of the reference's clusters has cells of one or two types, and cannot tell what it is as a whole: what batches of
+the reference usually score is taken for it. Of a batch of less than 20 cells each is looked at alone, and as it is.
 """
 
 from __future__ import annotations
@@ -49,9 +49,13 @@ class Usual:
 
 
 def spread_of(weights_mk: np.ndarray) -> float:
-    """Return in how many clusters cells lie, given their soft weights (m, K): (sum c)^2 / sum c^2 of the K counts."""
-    count_k = weights_mk.sum(axis=0)
-    return float(count_k.sum() ** 2 / max((count_k**2).sum(), 1e-12))
+    """Return in how many clusters cells lie, given their soft weights (m, K), rows sum to 1; 1 of a single cell.
+
+    One over the chance that two of them share a cluster. That is no larger in a small batch than in a large one.
+    """
+    m = len(weights_mk)
+    shared = float((weights_mk.sum(axis=0) ** 2).sum() - (weights_mk**2).sum())
+    return float(np.clip(m * (m - 1) / max(shared, 1e-12), 1.0, weights_mk.shape[1])) if m > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,8 @@ class Pool:
     own
         What tells how novel each of them is.
     usual_way_d, usual_z
-        (d,) and (z,) way of the batch as a whole, and what its cells usually score with each number of kin up to
-        ``size``; of single cells 0.
+        (d,) and (z,) median way of the half of its cells that score less, and what its cells usually score with each
+        number of kin up to ``size``: as far as the batch tells it. 0 of single cells.
     size
         Which of `SIZES` its cells are looked at with: 15 cells, or fewer in a pool of less than 150, where kin are few.
     """
@@ -157,7 +161,7 @@ class KinScores:
     Attributes
     ----------
     plain
-        With as many kin as their pool allows, however far off the batch is as a whole.
+        With as many kin as their pool allows, of ways from the batch's own, but not above what its cells score.
     most, fewer
         That above the batch's own, and with about a quarter of the kin.
     size

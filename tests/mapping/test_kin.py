@@ -171,8 +171,12 @@ def test_a_batch_in_few_clusters_tells_nothing_of_a_batch() -> None:
 
 
 def test_clusters_are_counted() -> None:
-    assert spread_of(np.eye(7)) == pytest.approx(7)
+    assert spread_of(np.eye(7)[np.arange(700) % 7]) == pytest.approx(7, rel=0.01)
     assert spread_of(np.tile([0.5, 0.5, 0], (9, 1))) == pytest.approx(2)
+    assert spread_of(np.eye(3)[[0]]) == 1
+    rng = np.random.default_rng(12)
+    small = np.mean([1 / spread_of(np.eye(20)[rng.integers(0, 20, 40)]) for _ in range(200)])
+    assert 1 / small == pytest.approx(20, rel=0.1), "as many as of a large batch"
 
 
 def test_p_values_are_calibrated_for_each_number_of_kin() -> None:
@@ -199,14 +203,34 @@ def test_p_values_are_calibrated_for_each_number_of_kin() -> None:
 
 
 def test_batches_that_are_too_small_for_kin_calibrate_none() -> None:
-    """A batch of 25 cells is looked at in twos: what it scores so is no measure for 15 cells."""
-    scores = np.random.default_rng(9).normal(size=(5, 145))
-    scores[2:, :25] = np.nan
-    scores[4] = np.nan
-    found = KinCalibration.fit(scores, np.repeat([0, 1], [25, 120]))
-    assert [len(part.scores_s) for part in found.sizes] == [145, 145, 120, 120]
-    assert [len(part.scores_s) for part in found.both] == [145, 145, 120, 120]
+    """A batch of 25 cells is looked at in twos, which is no measure for more; nor is one batch for others."""
+    scores, batch = np.random.default_rng(9).normal(size=(5, 625)), np.repeat(np.arange(5), [25, 120, 120, 120, 240])
+    scores[2:, batch == 0] = np.nan
+    scores[4, batch < 4] = np.nan
+    found = KinCalibration.fit(scores, batch)
+    assert [len(part.scores_s) for part in found.sizes] == [625, 625, 600, 600]
+    assert [len(part.scores_s) for part in found.both] == [625, 625, 600, 600]
     np.testing.assert_array_equal(found.sizes[3].scores_s, np.sort(scores[3, 25:]))
+    last = batch > 2
+    assert len(KinCalibration.fit(scores[:, last], batch[last]).sizes) == 4
+    alone = batch == 4
+    assert len(KinCalibration.fit(scores[:, alone], batch[alone]).sizes) == 5, "there is no other"
+
+
+def test_held_out_cells_are_not_counted_twice() -> None:
+    """A held-out cell has the p-value that a new cell would have among the others."""
+    scores = np.random.default_rng(13).normal(size=50)
+    calibration = NoveltyCalibration.fit(scores, np.ones(50))
+    others = np.array([(np.delete(scores, i) >= score).sum() for i, score in enumerate(scores)])
+    np.testing.assert_allclose(calibration.p_values(scores, 1 / 50), (others * 50 / 51 / 50) + 1 / 51)
+    np.testing.assert_allclose(calibration.p_values(scores), ((others + 1) * 50 / 51 / 50) + 1 / 51)
+
+
+def test_tiny_batches_do_not_decide_the_covariance() -> None:
+    """The way of a batch of one cell from its own is none: that is no likelihood."""
+    rng = np.random.default_rng(14)
+    found = whitening(rng.normal(size=(270, 30)), np.r_[np.repeat(np.arange(4), 60), np.arange(4, 34)])
+    assert np.abs(found - np.diag(np.diag(found))).max() < 1e-12
 
 
 def test_held_out_cells_have_kin_in_their_batch(reference: Reference) -> None:
