@@ -24,6 +24,7 @@ from schelix_scale.transfer import (
 
 LEAST = 20
 ENOUGH = 100  # cells from which on a batch has its full weight
+KIN_COUNTS = 10.0  # how many times less than that of the cell alone a p-value can be
 BATCHES, TOLD = 3, 0.005  # of a number of kin: held-out batches, if there are so many, and the least p-value
 
 
@@ -36,7 +37,8 @@ class KinCalibration:
     sizes
         Of scores, each of the batches that have cells enough for kin of this size.
     both
-        Of the lesser of two p-values, with as many kin and with fewer: -log p.
+        Of the lesser of two p-values, with as many kin and with fewer, but at least a tenth of that of the cell alone:
+        -log p.
     """
 
     sizes: tuple[NoveltyCalibration, ...]
@@ -65,6 +67,9 @@ class KinCalibration:
             own_s = np.zeros(len(batch_s))
             own_s[np.isfinite(scores_zs[less(size)])] = own
             p = _lesser(sizes, size, scores_s[there], scores_zs[less(size), there], weights, own_s[there])
+            p = np.maximum(
+                p, sizes[0].p_values(scores_zs[0, there], batch_weights(batch_s, ENOUGH)[there]) / KIN_COUNTS
+            )
             both.append(NoveltyCalibration.fit(-np.log(p), weights))
         return cls(tuple(sizes), tuple(both))
 
@@ -72,12 +77,15 @@ class KinCalibration:
         """P-values (m,): how often the lesser p-value of a cell that is not novel is as small.
 
         A type that the reference lacks has many cells or few; the lesser of the two p-values finds both, and is itself
-        calibrated, since of two the lesser is small more often.
+        calibrated, since of two the lesser is small more often. It counts down to a tenth of the p-value of the cell
+        alone, so that what kin says alone finds nothing novel: types that hardly any held-out batch has can be off in
+        one direction, too.
         """
         out = np.empty(len(scores.size))
         for size in np.unique(scores.size):
             mine = scores.size == size
             p = _lesser(self.sizes, size, scores.most[mine], scores.fewer[mine])
+            p = np.maximum(p, self.sizes[0].p_values(scores.single[mine]) / KIN_COUNTS)
             out[mine] = self.both[size].p_values(-np.log(p))
         return out
 

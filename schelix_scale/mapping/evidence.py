@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-AROUND = 15  # nearest reference cells, from whose mean a cell is away
+AROUND = 7  # nearest reference cells, from whose mean a cell is away: more are not of its type where it has few
 STEPS, FARTHEST = 2.0**12, 1_000.0  # in one standard deviation: sums of such numbers are exact in any order
 FEW, ENOUGH = 10, 100  # cells of a batch from which on it says something of the next, and all that a batch can say
 SHRUNK = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -27,7 +27,7 @@ class Evidence:
     score_m
         Scores of single cells, see `novelty.NoveltyScore`.
     way_md
-        (m, d) which way and how far each is from the mean of the 15 nearest reference cells, in standard deviations of
+        (m, d) which way and how far each is from the mean of the 7 nearest reference cells, in standard deviations of
         held-out cells; float32, in whole steps of 1 / 4096.
     """
 
@@ -48,7 +48,7 @@ def together(score_m: np.ndarray, way_md: np.ndarray, count: int) -> np.ndarray:
 
 
 def ways_from(anchor_na: np.ndarray, corrected_md: np.ndarray, indices_mk: np.ndarray) -> np.ndarray:
-    """Return corrected components (m, d) less the mean of those of the 15 nearest reference cells, float64."""
+    """Return corrected components (m, d) less the mean of those of the 7 nearest reference cells, float64."""
     out = np.empty(corrected_md.shape)
     for start in range(0, len(out), BLOCK):
         rows = slice(start, start + BLOCK)

@@ -160,6 +160,8 @@ class KinScores:
 
     Attributes
     ----------
+    single
+        Each cell alone.
     plain
         With as many kin as their pool allows, of ways from the batch's own, but not above what its cells score.
     most, fewer
@@ -168,6 +170,7 @@ class KinScores:
         Which of `SIZES` the first two are of.
     """
 
+    single: np.ndarray
     plain: np.ndarray
     most: np.ndarray
     fewer: np.ndarray
@@ -178,14 +181,15 @@ class KinScores:
         cls, pools: Sequence[Pool], batch_m: np.ndarray, rows: np.ndarray, raw_md: np.ndarray, own: Evidence
     ) -> KinScores:
         """Score cells of several batches, each among the pool that has the number of its batch."""
-        plain, most, fewer = np.empty((3, len(rows)))
+        single, plain, most, fewer = np.empty((4, len(rows)))
         size = np.empty(len(rows), np.int64)
         for batch in np.unique(batch_m):
             mine, pool = np.flatnonzero(batch_m == batch), pools[batch]
             found = pool.scores(rows[mine], raw_md[mine], own[mine])
             most[mine], fewer[mine], size[mine] = found[-1], found[less(pool.size)], pool.size
+            single[mine] = found[0]
             plain[mine] = found[-1] + pool.usual_z[-1]
-        return cls(plain, most, fewer, size)
+        return cls(single, plain, most, fewer, size)
 
 
 def less(size: int) -> int:

@@ -87,6 +87,7 @@ def test_kin_is_of_the_own_batch() -> None:
         parts = np.arange(200), raw[rows], own.score_m[rows], own.way_md[rows]
         np.testing.assert_allclose(found.most[here], expected(*parts, 15)[among], atol=1e-3)
         np.testing.assert_allclose(found.fewer[here], expected(*parts, 4)[among], atol=1e-3)
+        np.testing.assert_allclose(found.single[here], expected(*parts, 1)[among], atol=1e-3)
         np.testing.assert_allclose(found.plain[here], raw_scores(*parts, np.arange(200), 15)[among], atol=1e-3)
     assert (found.size == 4).all()
 
@@ -97,7 +98,7 @@ def test_ways_are_those_from_the_mean_of_the_nearest() -> None:
     near = np.argsort(((cells[:, None] - reference) ** 2).sum(axis=2), axis=1)[:, :30]
     found = ways_from(reference, cells, near)
     for cell in range(7):
-        np.testing.assert_allclose(found[cell], cells[cell] - reference[near[cell, :15]].mean(axis=0), atol=1e-6)
+        np.testing.assert_allclose(found[cell], cells[cell] - reference[near[cell, :7]].mean(axis=0), atol=1e-6)
 
 
 def test_ways_are_in_standard_deviations_within_batches() -> None:
@@ -195,11 +196,14 @@ def test_p_values_are_calibrated_for_each_number_of_kin() -> None:
     for size in range(5):
         fresh = scores(4_000)
         most, less = fresh[size], fresh[fewer[size]]
-        p = calibration.p_values(KinScores(most, most, less, np.full(4_000, size)))
+        p = calibration.p_values(KinScores(fresh[0], most, most, less, np.full(4_000, size)))
         for level in (0.05, 0.2):
             assert np.mean(p <= level) == pytest.approx(level, rel=0.25), (size, level)
-        again = calibration.p_values(KinScores(most, np.full(4_000, 9.0), less, np.full(4_000, size)))
+        far = np.full(4_000, 9.0)
+        again = calibration.p_values(KinScores(far, most, far, less, np.full(4_000, size)))
         assert (again <= 0.002).all(), "what is farther off than all is novel"
+        kin_alone = calibration.p_values(KinScores(np.zeros(4_000), most, far, far, np.full(4_000, size)))
+        assert (kin_alone > 0.01).all(), "half of single cells are as far off: kin says so alone"
 
 
 def test_batches_that_are_too_small_for_kin_calibrate_none() -> None:
@@ -241,7 +245,7 @@ def test_held_out_cells_have_kin_in_their_batch(reference: Reference) -> None:
     assert held_out.pool >= np.bincount(batch).max(), "all are in the pool, for this to be told"
     of_batch = [rows[batch == code] for code in np.unique(batch)]
     corrected = np.concatenate([_corrected(frozen, mine, mine) for mine in of_batch])
-    ways = corrected - np.asarray(frozen.anchor_na)[held_out.indices[:, :15]].mean(axis=1)
+    ways = corrected - np.asarray(frozen.anchor_na)[held_out.indices[:, :7]].mean(axis=1)
     np.testing.assert_allclose(held_out.whitening, whitening(ways.astype(np.float64), batch), rtol=0.05, atol=0.02)
     alone = frozen.novelty(raw, corrected, held_out.distances)
     for code in np.unique(batch):
@@ -257,6 +261,6 @@ def test_two_calibrations_of_novelty_are_one_p_value() -> None:
     sizes = tuple(NoveltyCalibration.fit(rng.normal(size=2_000), np.ones(2_000)) for _ in range(5))
     both = tuple(NoveltyCalibration.fit(rng.exponential(size=2_000), np.ones(2_000)) for _ in range(5))
     most, fewer = np.array([9.0, 0.0, 0.0]), np.array([0.0, 9.0, 0.0])
-    p = KinCalibration(sizes, both).p_values(KinScores(most, most, fewer, np.full(3, 4)))
+    p = KinCalibration(sizes, both).p_values(KinScores(np.full(3, 9.0), most, most, fewer, np.full(3, 4)))
     assert (p[:2] < 0.01).all()
     assert p[2] > 0.1
