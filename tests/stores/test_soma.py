@@ -273,7 +273,7 @@ def test_layers_and_measurements(experiment: Path, tmp_path: Path) -> None:
     store = open_store(experiment, "half")
     assert store.available_layers == ("data", "half")
     np.testing.assert_array_equal(read_all(store), make_truth().x_ng / 2)
-    with pytest.raises(StoreError, match=r"'RNA' has no layer 'nope'\. Available: data, half \(--set data\.layer"):
+    with pytest.raises(StoreError, match=r"'RNA' has no layer 'nope'\. Available: data, half \(--layer NAME"):
         open_store(experiment, "nope")
     with pytest.raises(StoreError, match=r"no measurement 'ATAC'\. It has: RNA"):
         open_store(experiment, measurement="ATAC")
