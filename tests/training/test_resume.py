@@ -109,7 +109,7 @@ def test_another_training_does_not_resume_this_one(tmp_path: Path) -> None:
     train(training_in(tmp_path, cache, fingerprint="abc"), cache.reopen("first"), reporter)
     assert reporter.steps == TOTAL_STEPS
     train(training_in(tmp_path, cache, fingerprint="def"), cache.reopen("first"), quiet)
-    assert "no checkpoint of these settings and features" in quiet.messages[0]
+    assert "no checkpoint of this training" in quiet.messages[0]
     assert {path.name for path in tmp_path.glob("step-*")} == {"step-01-000017", "step-02-000000"}
     assert len([e for e in logged(tmp_path) if e["event"] == "end"]) == 2
 
