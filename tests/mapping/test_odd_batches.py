@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import anndata
 import numpy as np
 import pytest
@@ -37,7 +39,9 @@ def biased(query: anndata.AnnData) -> anndata.AnnData:
 
 
 @pytest.mark.parametrize("change", [thinned, ambient, biased])
-def test_a_batch_that_is_off_is_not_novel(change, reference: Reference, atlas: Atlas) -> None:  # type: ignore[no-untyped-def]
+def test_a_batch_that_is_off_is_not_novel(
+    change: Callable[[anndata.AnnData], anndata.AnnData], reference: Reference, atlas: Atlas
+) -> None:
     mapped = reference.map(change(atlas.query), batch_key="batch", label_key="cell_type")
     novel = (atlas.query.obs["cell_type"] == NOVEL).to_numpy()
     p = mapped.obs["schelix_novelty_p"].to_numpy()
