@@ -74,8 +74,8 @@ def find_calibration(query: Query, labels: Sequence[Labels], known: Calibration 
     least = max(part.least for part in (*calibration.novelty.both, *calibration.unlabelled.both))
     if least > settings.novelty > 0:
         query.reporter.warn(
-            f"the held-out cells of the reference tell p-values of {least:.2g} and above: no cell "
-            f"is found novel at {settings.novelty:g}. Raise novelty (--set novelty=) or calibration_cells"
+            f"the held-out cells of the reference tell p-values of {least:.2g} and above: cells of "
+            f"some batches cannot be found novel at {settings.novelty:g}. Raise novelty (--set novelty=) or calibration_cells"
         )
     return calibration, record
 
