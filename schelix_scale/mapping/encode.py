@@ -75,7 +75,8 @@ def find_calibration(query: Query, labels: Sequence[Labels], known: Calibration 
     if least > settings.novelty > 0:
         query.reporter.warn(
             f"the held-out cells of the reference tell p-values of {least:.2g} and above: cells of "
-            f"some batches cannot be found novel at {settings.novelty:g}. Raise novelty (--set novelty=) or calibration_cells"
+            f"some batches cannot be found novel at {settings.novelty:g}. Raise novelty (--set novelty=) or "
+            "calibration_cells"
         )
     return calibration, record
 
