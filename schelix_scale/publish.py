@@ -69,22 +69,6 @@ def write_json(target: Path, content: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(content, indent=2, default=jsonable) + "\n", encoding="utf-8")
 
 
-def create_array(path: Path, shape: tuple[int, ...], dtype: np.typing.DTypeLike) -> np.memmap[Any, Any]:
-    """Return a writable .npy memory map whose disk space is already reserved.
-
-    A sparse map on a full disk kills the process with SIGBUS; here a full disk is an error before the first write.
-    """
-    with disk_errors(path):
-        np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
-        if hasattr(os, "posix_fallocate"):
-            descriptor = os.open(path, os.O_RDWR)
-            try:
-                os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
-            finally:
-                os.close(descriptor)
-        return np.lib.format.open_memmap(path, mode="r+")
-
-
 def remove_partials(directory: Path) -> None:
     """Remove what an interrupted `publish` left anywhere in ``directory``; what it moved aside is put back."""
     for folder, folders, files in os.walk(directory):

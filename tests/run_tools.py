@@ -19,7 +19,7 @@ import os, resource, signal, sys
 from pathlib import Path
 import numpy as np
 from schelix_scale.config import Config
-from schelix_scale.publish import create_array
+from schelix_scale.arrays import create_array
 from schelix_scale.run import RunDirectory
 from tests.run_tools import SOURCE, fill
 """

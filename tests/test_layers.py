@@ -19,6 +19,7 @@ LAYERS = [
     {"config_io"},
     {"progress", "compute", "scheduling"},
     {"publish", "locking", "provenance"},
+    {"arrays"},
     {"records"},
     {"run_directory"},
     {"run"},

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import schelix_scale.publish as publishing
+from schelix_scale.arrays import create_array
 from schelix_scale.config import Config
 from schelix_scale.errors import RunError
-from schelix_scale.publish import create_array, publish
+from schelix_scale.publish import publish
 from schelix_scale.run import Run, RunDirectory
 from tests.run_tools import PRELUDE, SOURCE, child, fill, killed, tree
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from schelix_scale.arrays import create_array
 from schelix_scale.context import BATCH, ROW
 from schelix_scale.errors import DataError
 from schelix_scale.features.onepass import write_rows
 from schelix_scale.graph.vectors import row_blocks
-from schelix_scale.publish import create_array
 from schelix_scale.stores._align import align_column
 from schelix_scale.stores.base import CellStore
 from schelix_scale.stores.batches import Batches, batch_columns

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from schelix_scale.arrays import create_array
 from schelix_scale.graph.lists import CellIndex
 from schelix_scale.graph.vectors import cell_dtype, row_blocks, unit_rows
-from schelix_scale.publish import create_array
 
 KEPT = ("centroids", "groups")
 

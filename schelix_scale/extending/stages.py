@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
+from schelix_scale.arrays import map_array
 from schelix_scale.config import memory_budget
 from schelix_scale.context import BATCH, ROW, Context
 from schelix_scale.extending.files import append_embedding, append_rows, appended_cells, link
@@ -132,7 +133,7 @@ class Extension:
         for name, new in files.items():
             made.append(f"features/{name}.npy")
             with self.directory.publish(made[-1]) as path:
-                append_rows(np.load(root / made[-1], mmap_mode="r"), self.query.load(new), path)
+                append_rows(map_array(root / made[-1]), self.query.load(new), path)
         return ["streams.npz", *made], self._details("features")
 
     @cached_property
@@ -172,10 +173,10 @@ class Extension:
             def diffuse(stream: str, own: np.ndarray) -> None:
                 file = f"{stream}.npy"
                 new = diffuse_rows(self.frozen, levels[stream], rows, own)
-                append_rows(np.load(root / "diffused" / old / file, mmap_mode="r"), new, diffused / file)
+                append_rows(map_array(root / "diffused" / old / file), new, diffused / file)
 
             def append(file: str, new: np.ndarray) -> None:
-                append_rows(np.load(root / "graph" / old / file, mmap_mode="r"), new, graph / file)
+                append_rows(map_array(root / "graph" / old / file), new, graph / file)
 
             tasks = [partial(diffuse, *pair) for pair in zip(STREAMS, self._corrected, strict=True)]  # longest first
             tasks += [partial(append, "indices.npy", rows.indices_mk), partial(append, "weights.npy", rows.weights_mk)]
@@ -197,7 +198,7 @@ class Extension:
     def _embed(self) -> Made:
         frozen, query = self.frozen, self.query
         folder = self.directory.path / "diffused" / self.directory.record("train").details["operator_id"]
-        diffused = [np.load(folder / f"{stream}.npy", mmap_mode="r")[frozen.n_cells :] for stream in STREAMS]
+        diffused = [map_array(folder / f"{stream}.npy")[frozen.n_cells :] for stream in STREAMS]
         learned = query.directory.record("project").details["learned"]
         moves = [query.load(MOVES.format(name)) for name in STREAMS] if learned else None
         parts: dict[str, list[np.ndarray]] = {}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from schelix_scale.arrays import map_array
 from schelix_scale.errors import RunError
 from schelix_scale.features.streams import Streams
 from schelix_scale.genes.normalize import log_normalize
@@ -96,7 +97,7 @@ def write_rows(path: Path, start: int, values: np.ndarray, sync: bool = False) -
 
     Bytes are written and not mapped pages: of a page that two machines write, one would lose its rows.
     """
-    array = np.load(path, mmap_mode="r")
+    array = map_array(path)
     offset = array.offset + start * array.strides[0]
     with path.open("r+b", buffering=0) as file:
         file.seek(offset)
@@ -189,7 +190,7 @@ def _open_shared(path: str) -> tuple[_Shared, np.ndarray]:
 
     try:
         shared: _Shared = pickle.loads(Path(path).read_bytes())
-        codes = np.load(shared.batches, mmap_mode="r")
+        codes = map_array(shared.batches)
     except FileNotFoundError as error:
         raise RunError(
             f"the Dask worker on {socket.gethostname()} does not see {Path(path).parent}. A cluster needs the run "

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from schelix_scale.arrays import load_arrays
 from schelix_scale.config import FeaturesConfig
 from schelix_scale.features.correction import MixtureCorrection, fit_correction, mixture_shift, ridge_shifts
 from schelix_scale.features.projection import Projection, fit_projection
@@ -98,8 +99,7 @@ class Streams:
     @classmethod
     def load(cls, path: Path) -> Streams:
         """Read what `save` wrote."""
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
+        arrays = load_arrays(path)
         shift, strength = arrays.pop("variant_shift_kbd", None), float(arrays.pop("strength"))
 
         def part(prefix: str) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy import sparse
 
+from schelix_scale.arrays import load_arrays
 from schelix_scale.config import SketchConfig
 from schelix_scale.genes.normalize import log_normalize
 from schelix_scale.genes.sweep import MAX_BLOCK, RowStack, Spill, sweep
@@ -71,13 +72,13 @@ class Sketch:
     @classmethod
     def load(cls, path: Path) -> Sketch:
         """Read what `save` wrote; values of genes that it left out are 0."""
-        with np.load(path) as file:
-            parts = tuple(file[name] for name in ("data", "indices", "indptr"))
-            x_ng = sparse.csr_matrix(parts, shape=tuple(file["shape"]))
-            known = None
-            if "measured_pg" in file:
-                known = Measured(file["group_n"], tuple(file["names"].tolist()), file["measured_pg"])
-            return cls(file["rows"], file["batch_n"], x_ng, ValueDecision(*file["values"].tolist()), known)
+        file = load_arrays(path)
+        parts = tuple(file[name] for name in ("data", "indices", "indptr"))
+        x_ng = sparse.csr_matrix(parts, shape=tuple(file["shape"]))
+        known = None
+        if "measured_pg" in file:
+            known = Measured(file["group_n"], tuple(file["names"].tolist()), file["measured_pg"])
+        return cls(file["rows"], file["batch_n"], x_ng, ValueDecision(*file["values"].tolist()), known)
 
 
 def sketch_size(store: CellStore, config: SketchConfig, budget: int) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from schelix_scale.arrays import create_array, map_array
 from schelix_scale.compute import reused_memory
 from schelix_scale.config import GraphConfig
 from schelix_scale.graph.audit import Audit, audit_recall, require_recall
@@ -31,7 +32,7 @@ from schelix_scale.graph.search import SearchProcess
 from schelix_scale.graph.threads import one_thread_each
 from schelix_scale.graph.vectors import cell_dtype, forget
 from schelix_scale.progress import QuietReporter, Reporter
-from schelix_scale.publish import create_array, sync, write_json
+from schelix_scale.publish import sync, write_json
 
 ATTEMPTS = 2
 MORE_PROBES = 8
@@ -110,7 +111,7 @@ def build_neighbors(
                 features_nd, folder, config, seed, threads, budget, reporter, scheduler, search, processes
             )
             audit = builder.build(method)
-    indices, distances = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("indices", "distances"))
+    indices, distances = (map_array(folder / f"{name}.npy") for name in ("indices", "distances"))
     neighbors = Neighbors(indices, distances, method)
     audit = audit or audit_recall(features_nd, neighbors, config.audit_cells, seed, threads)
     return neighbors, _required(audit, config)

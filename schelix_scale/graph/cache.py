@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from schelix_scale.arrays import create_array, load_array, map_array
 from schelix_scale.config import GraphConfig
 from schelix_scale.graph.audit import Audit
 from schelix_scale.graph.build import build_neighbors, circumstances
@@ -26,7 +27,7 @@ from schelix_scale.graph.operator import Operator, build_operator
 from schelix_scale.graph.scratch import INDEX, search_version
 from schelix_scale.graph.search import SearchProcess
 from schelix_scale.progress import Reporter
-from schelix_scale.publish import create_array, publish, remove, write_json
+from schelix_scale.publish import publish, remove, write_json
 
 STREAMS = ("anchor", "variant")
 BUILDING = ".building"
@@ -145,7 +146,7 @@ class OperatorCache:
         """Write the operator, its audit and index, and the features it diffuses on ``threads`` threads."""
         graph, diffused = (self.root / path for path in self.artifacts(name))
         index = self._building(name) / INDEX
-        order = np.load(index / "cells.npy") if index.is_dir() else None
+        order = load_array(index / "cells.npy") if index.is_dir() else None
         with publish(graph) as partial:
             partial.mkdir()
             np.save(partial / "indices.npy", operator.indices_nk)
@@ -164,10 +165,8 @@ class OperatorCache:
     def open(self, name: str) -> tuple[Operator, np.ndarray, np.ndarray]:
         """Memory-map the operator and the diffused (n, T, a) and (n, T, v) features of an id."""
         graph, diffused = (self.root / path for path in self.artifacts(name))
-        operator = Operator(
-            np.load(graph / "indices.npy", mmap_mode="r"), np.load(graph / "weights.npy", mmap_mode="r")
-        )
-        anchor, variant = (np.load(diffused / f"{stream}.npy", mmap_mode="r") for stream in STREAMS)
+        operator = Operator(map_array(graph / "indices.npy"), map_array(graph / "weights.npy"))
+        anchor, variant = (map_array(diffused / f"{stream}.npy") for stream in STREAMS)
         return operator, anchor, variant
 
     @property

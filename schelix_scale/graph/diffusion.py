@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from schelix_scale.arrays import create_array
 from schelix_scale.graph.operator import Operator
 from schelix_scale.graph.vectors import forget, positions_of, row_blocks
-from schelix_scale.publish import create_array
 from schelix_scale.scheduling import run_tasks
 
 

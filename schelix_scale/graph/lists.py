@@ -16,8 +16,8 @@ from typing import Self
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from schelix_scale.arrays import create_array, load_array, map_array
 from schelix_scale.graph.vectors import cell_dtype, forget, in_memory, positions_of, row_blocks, taken, unit_rows
-from schelix_scale.publish import create_array
 from schelix_scale.scheduling import run_tasks
 
 LIST_CELLS, MAX_LISTS = 64, 65_536
@@ -249,6 +249,6 @@ class CellIndex:
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Open the index in ``folder``; vectors stay on disk."""
-        centroids, groups, starts = (np.load(folder / f"{name}.npy") for name in ARRAYS[:3])
-        cells, vectors = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS[3:])
+        centroids, groups, starts = (load_array(folder / f"{name}.npy") for name in ARRAYS[:3])
+        cells, vectors = (map_array(folder / f"{name}.npy") for name in ARRAYS[3:])
         return cls(folder, Lists(centroids, groups), starts, np.asarray(cells), vectors)

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from scipy import sparse
 
+from schelix_scale.arrays import create_array
 from schelix_scale.graph.knn import Neighbors
 from schelix_scale.graph.vectors import cell_dtype, forget, row_blocks
-from schelix_scale.publish import create_array
 
 SHARE_VALUES = 4_000_000
 TINY = 1e-8

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from schelix_scale.arrays import load_arrays
 from schelix_scale.compute import keep_memory_low
 from schelix_scale.errors import ConfigError
 from schelix_scale.graph.found import FoundFiles
@@ -230,8 +231,7 @@ class SearchPartition:
         path = self.path(partition)
         if not path.exists():
             return False
-        with np.load(path) as found:
-            return bool(np.array_equal(found["rows"], partition.positions))
+        return bool(np.array_equal(load_arrays(path, "rows")["rows"], partition.positions))
 
     def path(self, partition: Partition) -> Path:
         """Return the file of a partition."""
@@ -269,8 +269,8 @@ def search_partitions(
         for start, stop in row_blocks(index.n_cells):
             neighbours[start:stop], scores[start:stop], fresh[start:stop] = -1, -np.inf, True
         for part in parts:
-            with np.load(task.path(part)) as found:
-                theirs, values = found["positions"], found["scores"]
+            found = load_arrays(task.path(part), "positions", "scores")
+            theirs, values = found["positions"], found["scores"]
             for start, stop in row_blocks(len(theirs)):
                 rows = part.positions[start:stop]
                 neighbours[rows], scores[rows] = merge(

@@ -12,6 +12,7 @@ from typing import Self
 
 import numpy as np
 
+from schelix_scale.arrays import map_array
 from schelix_scale.errors import GraphError
 from schelix_scale.graph.descent import GROUP_CELLS
 from schelix_scale.graph.lists import CellIndex
@@ -63,7 +64,7 @@ class QueryIndex:
         GraphError
             The features are not those of the graph.
         """
-        indices = np.load(graph / "indices.npy", mmap_mode="r")
+        indices = map_array(graph / "indices.npy")
         index = CellIndex.open(graph / INDEX) if (graph / INDEX).is_dir() else None
         shape = features_nd.shape if index is None else index.vectors_nd.shape
         if len(indices) != len(features_nd) or shape != features_nd.shape:

@@ -23,6 +23,7 @@ from typing import IO, Self
 
 import numpy as np
 
+from schelix_scale.arrays import load_array, map_array
 from schelix_scale.compute import keep_memory_low, release_memory
 from schelix_scale.errors import GraphError
 from schelix_scale.graph.knn import Neighbors, approximate_neighbors, compile_search
@@ -94,7 +95,7 @@ class SearchProcess:
                 if self._process.poll() is not None and not (Path(folder) / ANSWER).exists():
                     raise GraphError(f"the neighbour search failed: {self._complaint()}")
                 time.sleep(POLL_SECONDS)
-            indices, distances = (np.load(Path(folder) / f"{name}.npy") for name in ("indices", "distances"))
+            indices, distances = (load_array(Path(folder) / f"{name}.npy") for name in ("indices", "distances"))
         return Neighbors(indices, distances, METHOD)
 
     def _complaint(self) -> str:
@@ -138,8 +139,8 @@ def main(arguments: list[str]) -> None:
     while line := sys.stdin.readline():  # at once, so that the end of the parent is noticed while this compiles
         task = json.loads(line)
         try:
-            features = np.load(task["features"], mmap_mode="r")
-            unit = unit_rows(taken(features, np.load(Path(task["out"]) / "rows.npy")) if task["rows"] else features)
+            features = map_array(task["features"])
+            unit = unit_rows(taken(features, load_array(Path(task["out"]) / "rows.npy")) if task["rows"] else features)
             forget(features)
         except (OSError, ValueError) as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)

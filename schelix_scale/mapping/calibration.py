@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from schelix_scale.arrays import load_arrays
 from schelix_scale.errors import DataError
 from schelix_scale.mapping.held_out import hold_out
 from schelix_scale.mapping.kin import SIZES, KinScores, Usual, less
@@ -155,23 +156,23 @@ class Calibration:
     @classmethod
     def load(cls, path: Path) -> Calibration:
         """Read what `save` wrote."""
-        with np.load(path) as file:
-            count = sum(name.startswith("scores_") for name in file.files)
-            labels = tuple(
-                LabelCalibration(
-                    float(file[f"sharpening_{i}"][0]),
-                    float(file[f"sharpening_{i}"][1]),
-                    file[f"scores_{i}"],
-                    file[f"weight_{i}"],
-                )
-                for i in range(count)
+        file = load_arrays(path)
+        count = sum(name.startswith("scores_") for name in file)
+        labels = tuple(
+            LabelCalibration(
+                float(file[f"sharpening_{i}"][0]),
+                float(file[f"sharpening_{i}"][1]),
+                file[f"scores_{i}"],
+                file[f"weight_{i}"],
             )
-            novelty, unlabelled = (
-                KinCalibration(*(_parts(file, f"{name}_{kind}") for kind in ("", "both_")))
-                for name in ("novelty", "unlabelled")
-            )
-            usual = Usual(float(file["usual_spread"]), file["usual_score"])
-            return cls(novelty, unlabelled, labels, file["whitening"], usual, int(file["pool"]))
+            for i in range(count)
+        )
+        novelty, unlabelled = (
+            KinCalibration(*(_parts(file, f"{name}_{kind}") for kind in ("", "both_")))
+            for name in ("novelty", "unlabelled")
+        )
+        usual = Usual(float(file["usual_spread"]), file["usual_score"])
+        return cls(novelty, unlabelled, labels, file["whitening"], usual, int(file["pool"]))
 
 
 def _parts(file: Mapping[str, np.ndarray], name: str) -> tuple[NoveltyCalibration, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from schelix_scale.arrays import create_array
 from schelix_scale.features.onepass import PASS_SHARE, block_size, write_rows
 from schelix_scale.features.projection import Projection, clip_genes
 from schelix_scale.features.streams import Streams
@@ -24,7 +25,6 @@ from schelix_scale.mapping.genes import (
     shared_totals,
 )
 from schelix_scale.mapping.query import MEASURED, MOVES, RAW, STREAMS, Query
-from schelix_scale.publish import create_array
 from schelix_scale.records import StageRecord
 from schelix_scale.scheduling import run_tasks
 from schelix_scale.stores.checks import check_block

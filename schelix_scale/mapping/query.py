@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from schelix_scale.arrays import create_array, map_array
 from schelix_scale.features.onepass import write_rows
 from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.mapping.correction import BatchShift, fit_batch, shifted
@@ -23,7 +24,6 @@ from schelix_scale.mapping.inputs import batches_digest
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.progress import Reporter
-from schelix_scale.publish import create_array
 from schelix_scale.records import StageRecord
 from schelix_scale.run_directory import RunDirectory
 from schelix_scale.scheduling import run_tasks
@@ -89,7 +89,7 @@ class Query:
 
     def load(self, name: str) -> np.ndarray:
         """Memory-map an array of the directory."""
-        found: np.ndarray = np.load(self.directory.path / name, mmap_mode="r")
+        found: np.ndarray = map_array(self.directory.path / name)
         return found
 
     @cached_property

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from schelix_scale.arrays import map_array
 from schelix_scale.config import Config
 from schelix_scale.context import BATCH, ROW
 from schelix_scale.errors import DataError, RunError
@@ -74,16 +75,16 @@ class Frozen:
                 "onto. To make a reference of both, extend that run (schelix extend)."
             )
         features = root / "features"
-        anchor_na = np.load(features / "anchor_corrected.npy", mmap_mode="r")
+        anchor_na = map_array(features / "anchor_corrected.npy")
         variant_nv: np.ndarray = np.zeros((len(anchor_na), 0), np.float32)
         if directory.record("genes").details["variants"]:
-            variant_nv = np.load(features / "variant.npy", mmap_mode="r")
+            variant_nv = map_array(features / "variant.npy")
         return cls(
             directory,
             Streams.load(root / "streams.npz"),
             pd.read_parquet(root / "genes.parquet"),
             pd.read_parquet(root / "cells.parquet", columns=[BATCH])[BATCH].to_numpy(np.int32),
-            np.load(features / "anchor.npy", mmap_mode="r"),
+            map_array(features / "anchor.npy"),
             anchor_na,
             variant_nv,
         )
@@ -180,7 +181,7 @@ class Frozen:
                 operator,
                 origin,
                 settings.hops,
-                np.load(folder / f"{stream}.npy", mmap_mode="r"),
+                map_array(folder / f"{stream}.npy"),
                 settings.restart,
             )
             for stream, origin in (("anchor", self.anchor_na), ("variant", self.variant_nv))
@@ -194,7 +195,7 @@ class Frozen:
 
     def _operator(self, name: str) -> Operator:
         folder = self.directory.path / "graph" / name
-        return Operator(np.load(folder / "indices.npy", mmap_mode="r"), np.load(folder / "weights.npy", mmap_mode="r"))
+        return Operator(map_array(folder / "indices.npy"), map_array(folder / "weights.npy"))
 
     def widths(self, indices_mk: np.ndarray) -> np.ndarray:
         """Kernel widths of reference cells, in the shape of their row numbers."""

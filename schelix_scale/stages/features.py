@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from schelix_scale.arrays import create_array
 from schelix_scale.context import Context
-from schelix_scale.publish import create_array
 from schelix_scale.run import RunDirectory
 
 if TYPE_CHECKING:

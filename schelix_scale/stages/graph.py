@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from schelix_scale.arrays import map_array
 from schelix_scale.context import Context
 from schelix_scale.records import read_json, recorded_stages
 from schelix_scale.run import RunDirectory
@@ -92,10 +93,10 @@ def open_cache(context: Context, directory: RunDirectory) -> OperatorCache:
     from schelix_scale.graph.cache import OperatorCache
 
     details = directory.record("genes").details
-    anchor = np.load(directory.path / FEATURES["anchor_corrected"], mmap_mode="r")
+    anchor = map_array(directory.path / FEATURES["anchor_corrected"])
     variant = np.zeros((len(anchor), 0), np.float32)
     if details["variants"]:
-        variant = np.load(directory.path / VARIANT["variant"], mmap_mode="r")
+        variant = map_array(directory.path / VARIANT["variant"])
     graph = graph_settings(context.config)
     features = {"anchor": anchor, "variant": variant}
     theta = 0.0 if details["single_stream"] else graph.theta

@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from schelix_scale.arrays import create_array
 from schelix_scale.config import FeaturesConfig, GenesConfig
 from schelix_scale.errors import DataError
 from schelix_scale.features.onepass import MAX_BLOCK, MIN_BLOCK, OnePass, block_size, write_features, write_rows
 from schelix_scale.features.projection import fit_projection
 from schelix_scale.features.streams import Streams, fit_streams
 from schelix_scale.genes.partition import partition_genes
-from schelix_scale.publish import create_array
 from schelix_scale.stores import MemoryStore
 
 from ..counting import CountingStore
