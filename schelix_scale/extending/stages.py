@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,7 +14,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 
-from schelix_scale.arrays import map_array
+from schelix_scale.arrays import load_arrays, map_array
 from schelix_scale.config import memory_budget
 from schelix_scale.context import BATCH, ROW, Context
 from schelix_scale.extending.files import append_embedding, append_rows, appended_cells, link
@@ -127,7 +127,7 @@ class Extension:
     def _features(self) -> Made:
         root, frozen = self.frozen.directory.path, self.frozen
         with self.directory.publish("streams.npz") as path:
-            _with_batches(frozen, self.query.load(SHIFTS)).save(path)
+            _with_batches(frozen, load_arrays(self.query.directory.path / SHIFTS)).save(path)
         files = FILES | ({"variant": CORRECTED.format("variant")} if self._details("genes")["variants"] else {})
         made = []
         for name, new in files.items():
@@ -241,7 +241,7 @@ class _Probe:
         self.fingerprint = directory.fingerprint(name, version, inputs, after)
 
 
-def _with_batches(frozen: Frozen, shifts: Any) -> Streams:
+def _with_batches(frozen: Frozen, shifts: Mapping[str, np.ndarray]) -> Streams:
     """Return the run's streams with the displacements of new batches after its own."""
     streams = frozen.streams
     if streams.correction is None:
