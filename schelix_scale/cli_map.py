@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from schelix_scale.cli_app import app, make_reporter, one_or_all, reported
-from schelix_scale.cli_options import ConfigFile, Layer, Overwrite, Quiet, RunPath, Setting, Threads
+from schelix_scale.cli_options import (
+    CensusUri,
+    CensusVersion,
+    ConfigFile,
+    GenesJoin,
+    Layer,
+    ObsFilter,
+    Overwrite,
+    Quiet,
+    RunPath,
+    Setting,
+    Threads,
+)
+
+if TYPE_CHECKING:
+    from schelix_scale.stores import Source
 
 Queries = Annotated[
     list[str],
@@ -29,11 +44,20 @@ LabelKeys = Annotated[
 ]
 
 
+def _opened(query: list[str], layer: str | None, reading: dict[str, str | None]) -> Source:
+    """Return the query, opened if there are options that say what is read of it."""
+    from schelix_scale.stores import open_store
+
+    given = {name: value for name, value in reading.items() if value is not None}
+    return open_store(one_or_all(query), layer or "X", **given) if given else one_or_all(query)
+
+
 @app.command(
     name="map",
     epilog="[bold]Examples[/]\n\n"
     "  schelix map atlas-run new.h5ad --batch-key donor --label-key cell_type -o mapped\n\n"
     "  schelix map atlas-run new.h5ad -o mapped --label-key cell_type --set coverage=0.95 --set novelty=0.05\n\n"
+    "  schelix map atlas-run census:homo_sapiens --obs-filter \"dataset_id == '...'\" -b donor_id -o mapped\n\n"
     "Then, in Python:  anndata.read_zarr('mapped/mapped.zarr').obs\\['schelix_cell_type']",
 )
 @reported
@@ -45,6 +69,10 @@ def map_verb(
     batch_key: QueryBatch = None,
     label_key: LabelKeys = None,
     layer: Layer = None,
+    obs_filter: ObsFilter = None,
+    census_version: CensusVersion = None,
+    census_uri: CensusUri = None,
+    genes_join: GenesJoin = None,
     config: ConfigFile = None,
     setting: Setting = None,
     threads: Threads = None,
@@ -61,9 +89,15 @@ def map_verb(
     from schelix_scale.output import counted, print_lines, repeat_warnings
 
     reporter = make_reporter(quiet)
+    reading = {
+        "obs_filter": obs_filter,
+        "census_version": census_version,
+        "census_uri": census_uri,
+        "genes_join": genes_join,
+    }
     mapped = map_cells(
         run,
-        one_or_all(query),
+        _opened(query, layer, reading),
         batch_key=batch_key,
         label_key=label_key or (),
         out=out,
@@ -104,6 +138,10 @@ def extend(
     ],
     batch_key: QueryBatch = None,
     layer: Layer = None,
+    obs_filter: ObsFilter = None,
+    census_version: CensusVersion = None,
+    census_uri: CensusUri = None,
+    genes_join: GenesJoin = None,
     config: ConfigFile = None,
     setting: Setting = None,
     threads: Threads = None,
@@ -120,9 +158,15 @@ def extend(
     from schelix_scale.output import print_lines, repeat_warnings
 
     reporter = make_reporter(quiet)
+    reading = {
+        "obs_filter": obs_filter,
+        "census_version": census_version,
+        "census_uri": census_uri,
+        "genes_join": genes_join,
+    }
     extended = append(
         run,
-        one_or_all(query),
+        _opened(query, layer, reading),
         out=out,
         batch_key=batch_key,
         layer=layer or "X",

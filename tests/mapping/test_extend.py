@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import anndata
 import numpy as np
 import pytest
 from scipy import sparse
@@ -17,7 +16,7 @@ from typer.testing import CliRunner
 from schelix_scale import Reference, Run, extend
 from schelix_scale.cli import app
 from schelix_scale.continuing import continue_run
-from schelix_scale.errors import ConfigError, DataError, RunError, TrainingError
+from schelix_scale.errors import ConfigError, RunError, TrainingError
 from schelix_scale.extending import stages
 from schelix_scale.progress import QuietReporter
 from schelix_scale.recorded import RecordedStore
@@ -181,29 +180,6 @@ def test_a_killed_extension_goes_on(extended: Run, atlas: Atlas, query_file: Pat
     assert {"project: done before, skipped", "features: done before, skipped"} <= set(reporter.messages)
     assert again.verify() == []
     np.testing.assert_array_equal(again.embedding, extended.embedding)
-
-
-def test_the_verbs(atlas: Atlas, query_file: Path, tmp_path: Path) -> None:
-    run, new, cli = str(atlas.run), str(query_file), CliRunner()
-    options = ["--batch-key", "batch", "--label-key", "cell_type", "-s", "coverage=0.8", "-o", str(tmp_path / "m")]
-    mapped = cli.invoke(app, ["map", run, new, *options])
-    assert mapped.exit_code == 0, mapped.output
-    assert "200 cells in 1 batch:" in mapped.output
-    assert "type0 " in mapped.output
-    obs = anndata.read_zarr(tmp_path / "m" / "mapped.zarr").obs
-    assert {"schelix_cell_type", "schelix_cell_type_probability", "schelix_cell_type_set"} <= set(obs)
-    for verb in (["train"], ["graph"], ["embed"], ["export"]):
-        last = [str(tmp_path / "out.h5ad")] if verb == ["export"] else []
-        refused = cli.invoke(app, [*verb, str(tmp_path / "m"), *last])
-        assert refused.exit_code == 1
-        assert "holds cells mapped onto" in " ".join(refused.output.split())
-    more = cli.invoke(app, ["extend", run, new, "-b", "batch", "-o", str(tmp_path / "v2"), "--quiet"])
-    assert (more.exit_code, more.output) == (0, "")
-    assert cli.invoke(app, ["verify", str(tmp_path / "v2")]).exit_code == 0
-    with pytest.raises(DataError, match="an extension needs 2"):
-        extend(run, atlas.query[:1].copy(), out=tmp_path / "v3", reporter=QuietReporter())
-    with pytest.raises(RunError, match="never changed"):
-        extend(run, new, out=run, reporter=QuietReporter())
 
 
 @pytest.mark.slow  # among the longest of the suite
