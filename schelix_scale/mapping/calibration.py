@@ -189,7 +189,8 @@ def calibrate(
 ) -> Calibration:
     """Hold out batches of the reference and fit what turns votes into probabilities and scores into p-values.
 
-    A cell whose label no other batch has is novel, and left out.
+    A cell whose label no other batch has is left out, and of novelty also one whose label the others have too seldom to
+    decide a vote: when its batch is held out, it is as good as novel.
 
     Raises
     ------
@@ -203,8 +204,8 @@ def calibrate(
     for column in labels:
         true_s = column.code_n[held_out.rows]
         elsewhere_s = _elsewhere(column.code_n, frozen.batch_n, true_s, batch_s)
-        seen_s &= elsewhere_s | (true_s == NOT_LABELLED)
-        chosen = np.flatnonzero(elsewhere_s & (true_s != NOT_LABELLED))
+        seen_s &= (elsewhere_s > frozen.config.graph.k // 2) | (true_s == NOT_LABELLED)
+        chosen = np.flatnonzero((elsewhere_s > 0) & (true_s != NOT_LABELLED))
         if len(chosen) < LEAST:
             raise DataError(
                 f"label_key {column.key!r}: {len(chosen)} held-out cells of the reference have a label that another "
@@ -221,8 +222,8 @@ def calibrate(
 
 
 def _elsewhere(code_n: np.ndarray, batch_n: np.ndarray, true_s: np.ndarray, batch_s: np.ndarray) -> np.ndarray:
-    """Whether a batch other than the cell's own has its label, (s,) bool."""
+    """How many cells of other batches than its own have the label of a cell, (s,)."""
     known = code_n != NOT_LABELLED
-    there = np.zeros((int(code_n.max(initial=0)) + 2, int(batch_n.max()) + 1), bool)
-    there[code_n[known], batch_n[known]] = True
-    return np.asarray(there[true_s].sum(axis=1) > there[true_s, batch_s])
+    count = np.zeros((int(code_n.max(initial=0)) + 2, int(batch_n.max()) + 1), np.int64)  # the last row: no label
+    np.add.at(count, (code_n[known], batch_n[known]), 1)
+    return np.asarray(count[true_s].sum(axis=1) - count[true_s, batch_s])

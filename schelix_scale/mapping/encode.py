@@ -55,7 +55,7 @@ CALIBRATION, MAPPED = "calibration.npz", "mapped.zarr"
 def find_calibration(query: Query, labels: Sequence[Labels], known: Calibration | None) -> tuple[Calibration, Any]:
     """Calibrate on held-out batches of the reference, or take what is ``known``, and keep it in the directory."""
     settings = query.settings
-    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 7}
+    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 8}
     inputs |= {"cells": settings.calibration_cells, "batches": settings.calibration_batches}
 
     def make() -> tuple[list[str], dict[str, Any]]:
@@ -105,6 +105,7 @@ def encode_cells(
     moves: Sequence[np.ndarray] | None,
     indices_mk: np.ndarray,
     distances_mk: np.ndarray,
+    width_mk: np.ndarray,
     calibration: Calibration,
     level: float,
 ) -> Encoded:
@@ -122,10 +123,9 @@ def encode_cells(
         (m, a) and (m, v) corrected components.
     moves
         What learned loadings add to them; None where loadings are frozen.
-    indices_mk, distances_mk
-        (m, k) neighbours in the reference.
+    indices_mk, distances_mk, width_mk
+        (m, k) neighbours in the reference, and their kernel widths.
     """
-    width_mk = frozen.widths(indices_mk)
     settings = graph_settings(frozen.config)
     weights = query_weights(distances_mk, width_mk, frozen.batch_n[indices_mk], frozen.theta, settings.kernel_neighbor)
     p_value = calibration.novelty.p_values(novelty)
@@ -174,7 +174,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
     """Write mapped.zarr: obs with labels and novelty, and the latents."""
     frozen, settings, n = query.frozen, query.settings, query.store.n_cells
     inputs = {"labels": [column.key for column in labels], "coverage": settings.coverage, "novelty": settings.novelty}
-    inputs |= {"obs": query.store.obs_fingerprint(), "version": 7}
+    inputs |= {"obs": query.store.obs_fingerprint(), "version": 8}
 
     def make() -> tuple[list[str], dict[str, Any]]:
         raw = query.load(RAW.format("anchor"))
@@ -194,9 +194,10 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
                 near, far = np.asarray(indices[rows]), np.asarray(distances[rows])
                 moved = None if moves is None else [np.asarray(part[rows]) for part in moves]
                 own = [np.asarray(part[rows]) for part in features]
-                signs = evidence(frozen, calibration, raw[rows], own[0], near, far)
+                width = frozen.widths(near)
+                signs = evidence(frozen, calibration, raw[rows], own[0], near, far, width)
                 score = KinScores.of_cells(pools, query.batches.codes[rows], np.arange(*span), raw[rows], signs)
-                got = encode_cells(frozen, score, own, moved, near, far, calibration, settings.novelty)
+                got = encode_cells(frozen, score, own, moved, near, far, width, calibration, settings.novelty)
                 for key, latent in got.latents.items():
                     arrays[key][rows] = latent
                 seen = np.asarray(measured[rows])
@@ -234,7 +235,7 @@ def find_pools(query: Query, calibration: Calibration) -> list[Pool]:
         rows = np.flatnonzero((codes == code) & measured)
         rows = np.sort(rows[np.argsort(order[rows], kind="stable")[: calibration.pool]])
         parts = raw[rows], corrected[rows], indices[rows], distances[rows]
-        own = evidence(query.frozen, calibration, *parts)
+        own = evidence(query.frozen, calibration, *parts, query.frozen.widths(parts[2][:, :NEIGHBORS]))
         spread = spread_of(query.frozen.clusters.weights(parts[1]))
         pools[code] = Pool.of_cells(rows, parts[0], own, calibration.most, calibration.usual, spread)
         return len(rows)
@@ -250,10 +251,11 @@ def evidence(
     corrected_ma: np.ndarray,
     indices_mk: np.ndarray,
     distances_mk: np.ndarray,
+    width_mk: np.ndarray,
 ) -> Evidence:
-    """Return what tells how novel cells are."""
+    """Return what tells how novel cells are; of their neighbours the first 7 count."""
     ways = whitened(ways_from(frozen.anchor_na, corrected_ma, indices_mk), calibration.whitening_dd)
-    return Evidence(frozen.novelty(np.asarray(raw_ma), corrected_ma, distances_mk), ways)
+    return Evidence(frozen.novelty(np.asarray(raw_ma), corrected_ma, distances_mk, width_mk), ways)
 
 
 def _probe(frozen: Frozen) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ from schelix_scale.graph.vectors import row_blocks, unit_rows
 from schelix_scale.mapping.correction import fit_batch, shifted
 from schelix_scale.mapping.evidence import Evidence, ways_from, whitened, whitening
 from schelix_scale.mapping.kin import POOL, SIZES, Pool, Usual, spread_of
+from schelix_scale.mapping.novelty import NEIGHBORS
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.scheduling import run_tasks
@@ -81,7 +82,8 @@ def hold_out(
     raw, batch = np.asarray(frozen.raw_na[rows]), frozen.batch_n[rows]
     ways = ways_from(frozen.anchor_na, corrected, indices)
     whitening_dd = whitening(ways, batch)
-    own = Evidence(frozen.novelty(raw, corrected, distances), whitened(ways, whitening_dd))
+    score = frozen.novelty(raw, corrected, distances, frozen.widths(indices[:, :NEIGHBORS]))
+    own = Evidence(score, whitened(ways, whitening_dd))
     cells_of = [np.flatnonzero(batch == code) for code in np.unique(batch)]
     kin_of = [np.sort(rng.choice(mine, min(pool, len(mine)), replace=False)) for mine in cells_of]
     spread_b = [spread_of(frozen.clusters.weights(corrected[kin])) for kin in kin_of]

@@ -9,6 +9,7 @@ import numpy as np
 from schelix_scale.mapping.correction import Clusters
 
 NEIGHBORS = 7
+FARTHER = 100.0  # than its neighbours are from theirs, a cell is at most: these can be copies of one cell
 BLOCK = 4_096
 
 
@@ -16,9 +17,10 @@ BLOCK = 4_096
 class NoveltyScore:
     """Score of how novel a cell is, higher is more.
 
-    log M(z) + log M(z') + log(d) / 2: M is the squared Mahalanobis distance to the clusters' centres, with their pooled
-    covariance, weighted by cluster membership, of a cell before and after its batch's correction (which can move a
-    type that the reference lacks onto one that it has); d is the mean distance to the 7 nearest cells.
+    log M(z) + log M(z') + log d + log(d / w): M is the squared Mahalanobis distance to the clusters' centres, with
+    their pooled covariance, weighted by cluster membership, of a cell before and after its batch's correction (which
+    can move a type that the reference lacks onto one that it has); d is the mean distance to the 7 nearest cells, and w
+    how far these are from theirs (their mean kernel width): types with few or scattered cells are far from any.
 
     Attributes
     ----------
@@ -40,19 +42,22 @@ class NoveltyScore:
         covariance += np.eye(len(covariance)) * max(1e-3 * np.trace(covariance) / len(covariance), 1e-12)
         return cls(clusters, np.linalg.cholesky(np.linalg.inv(covariance)))
 
-    def __call__(self, raw_md: np.ndarray, corrected_md: np.ndarray, distances_mk: np.ndarray) -> np.ndarray:
+    def __call__(
+        self, raw_md: np.ndarray, corrected_md: np.ndarray, distances_mk: np.ndarray, width_mk: np.ndarray
+    ) -> np.ndarray:
         """Score cells, (m,).
 
         Parameters
         ----------
         raw_md, corrected_md
             (m, d) Anchor components before and after the batch's correction.
-        distances_mk
-            (m, k) distances to the neighbours, nearest first.
+        distances_mk, width_mk
+            (m, k) distances to the neighbours, nearest first, and the neighbours' kernel widths.
         """
-        near = distances_mk[:, :NEIGHBORS].astype(np.float64).mean(axis=1)
+        near, theirs = (part[:, :NEIGHBORS].astype(np.float64).mean(axis=1) for part in (distances_mk, width_mk))
+        near = np.maximum(near, 1e-9)
         spread = self._spread(raw_md) + self._spread(corrected_md)
-        return np.asarray(spread + 0.5 * np.log(np.maximum(near, 1e-9)))
+        return np.asarray(spread + np.log(near) + np.log(near / np.maximum(theirs, near / FARTHER)))
 
     def _spread(self, z_md: np.ndarray) -> np.ndarray:
         out = np.empty(len(z_md))

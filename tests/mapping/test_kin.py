@@ -247,7 +247,7 @@ def test_held_out_cells_have_kin_in_their_batch(reference: Reference) -> None:
     corrected = np.concatenate([_corrected(frozen, mine, mine) for mine in of_batch])
     ways = corrected - np.asarray(frozen.anchor_na)[held_out.indices[:, :7]].mean(axis=1)
     np.testing.assert_allclose(held_out.whitening, whitening(ways.astype(np.float64), batch), rtol=0.05, atol=0.02)
-    alone = frozen.novelty(raw, corrected, held_out.distances)
+    alone = frozen.novelty(raw, corrected, held_out.distances, frozen.widths(held_out.indices[:, :7]))
     for code in np.unique(batch):
         mine = np.flatnonzero(batch == code)
         parts = np.arange(len(mine)), raw[mine], alone[mine], ways[mine] @ held_out.whitening
