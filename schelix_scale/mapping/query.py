@@ -82,6 +82,11 @@ class Query:
                 self.reporter.say(f"{name}: done before, skipped")
                 return directory.record(name)
             self.reporter.warn(f"{'; '.join(damage)}; {name} is done again")
+        elif any(record.stage == name for record in directory.records()):
+            self.reporter.warn(
+                f"{name}: was done with other settings or labels; it is done again, and what is in {directory.path} is "
+                "replaced. Another directory (-o) would keep both."
+            )
         directory.begin(name)
         started = time.monotonic()
         artifacts, details = make()
