@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,12 +163,22 @@ def refuse_other(path: Path, header: Mapping[str, Any], config: Config, source: 
     """Raise a `RunError` if the run of ``header`` was started with other settings or cells."""
     changes = config_differences(header["config"], config)
     if header["source"].get("fingerprint") != source.get("fingerprint"):
-        changes += [f"source.{change}" for change in config_differences(header["source"], source)]
+        changes += _source_changes(header["source"], source)
     if changes:
         raise RunError(
             f"{path} holds a run with other settings or cells ({'; '.join(changes)}). "
             "Choose another output directory with -o, or replace that run with --overwrite."
         )
+
+
+def _source_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what says to a reader how two sources differ: no fingerprints, no lists of all parts."""
+    told = [
+        f"source.{change}"
+        for change in config_differences(before, now)
+        if not change.partition(": ")[0].endswith("fingerprint") and not re.search(r"(: |-> )\[", change)
+    ]
+    return told or ["source: other cells or batches, or what is read of them"]
 
 
 def clear(run: Path) -> None:

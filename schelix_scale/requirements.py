@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,12 +60,7 @@ def _check_neighbors(store: CellStore, config: Config) -> None:
 def _check_columns(store: CellStore, config: Config) -> None:
     """Refuse obs columns that are not there, or cannot stand beside ours."""
     there = store.obs_columns
-    missing = [name for name in config.data.obs_columns or () if name not in there]
-    if missing:
-        raise DataError(
-            f"{store.source} has no obs column {', '.join(map(repr, missing))} (data.obs_columns). "
-            f"It has: {', '.join(there) or 'none'}."
-        )
+    _refuse_missing(store, config.data.obs_columns or (), "data.obs_columns")
     carried = carried_columns(store, config)
     names = [str(name) for name in (there if carried is None else carried)]
     taken = sorted({ROW, BATCH} & set(names))
@@ -79,6 +74,16 @@ def _check_columns(store: CellStore, config: Config) -> None:
         )
 
 
+def _refuse_missing(store: CellStore, columns: Sequence[str], setting: str) -> None:
+    there = store.obs_columns
+    missing = [name for name in columns if name not in there]
+    if missing:
+        raise DataError(
+            f"{store.source} has no obs column {', '.join(map(repr, missing))} ({setting}). "
+            f"It has: {', '.join(there) or 'none'}."
+        )
+
+
 def _protected_levels(store: CellStore, config: Config) -> np.ndarray | None:
     """Code the combinations of the protected columns, (n,) int32."""
     protect = config.data.protect
@@ -86,6 +91,7 @@ def _protected_levels(store: CellStore, config: Config) -> np.ndarray | None:
         return None
     if set(batch_columns(store, config.data.batch_key)) <= set(protect):
         raise DataError(f"protect: {config.data.batch_key!r} is the batch key; what is protected cannot be the batch.")
+    _refuse_missing(store, protect, "protect")
     columns = store.obs(protect)
     missing = np.flatnonzero(columns.isna().any(axis=1).to_numpy())
     if len(missing):

@@ -56,7 +56,7 @@ def text_file(folder: Path) -> Path:
         (broken(lambda a: None), ["--strength", "2"], "strength = 2.0"),
         (broken(lambda a: None), ["--max-memory", "much"], "'much' is not an amount of memory"),
         (broken(lambda a: None), ["--device", "cuda:99"], "CUDA"),
-        (broken(lambda a: None), ["--protect", "stage"], "has no obs column 'stage'"),
+        (broken(lambda a: None), ["--protect", "stage"], "has no obs column 'stage' (protect)"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Variable names are not unique")

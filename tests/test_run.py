@@ -55,10 +55,10 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     message = r"\(graph\.k: 30 -> 15; seed: 0 -> 4\)|\(seed: 0 -> 4; graph\.k: 30 -> 15\).*-o.*--overwrite"
     with pytest.raises(RunError, match=message):
         RunDirectory.claim(tmp_path, load_config(overrides=["graph.k=15", "seed=4"]), SOURCE)
-    with pytest.raises(RunError, match=r"\(source\.layer: X -> raw; source\.fingerprint: abc -> def\)"):
-        RunDirectory.claim(
-            tmp_path, load_config(overrides=["graph.k=30"]), {**SOURCE, "layer": "raw", "fingerprint": "def"}
-        )
+    other = {"fingerprint": "def", "parts": ["a", "b"]}  # say nothing to a reader
+    for source, told in (({"layer": "raw"}, r"source\.layer: X -> raw"), ({}, "source: other cells or batches.*")):
+        with pytest.raises(RunError, match=rf"other settings or cells \({told}\)\. Choose"):
+            RunDirectory.claim(tmp_path, load_config(overrides=["graph.k=30"]), {**SOURCE, **other, **source})
     assert tree(tmp_path) == before
 
 
