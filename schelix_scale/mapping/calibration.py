@@ -25,7 +25,7 @@ from schelix_scale.transfer import (
 
 LEAST = 20
 ENOUGH = 100  # cells from which on a batch has its full weight
-KIN_COUNTS = 10.0  # how many times less than that of the cell alone a p-value can be
+KIN_COUNTS = 20.0  # how many times less than that of the cell alone a p-value can be
 BATCHES, TOLD = 3, 0.005  # of a number of kin: held-out batches, if there are so many, and the least p-value
 
 
@@ -38,8 +38,8 @@ class KinCalibration:
     sizes
         Of scores, each of the batches that have cells enough for kin of this size.
     both
-        Of the lesser of two p-values, with as many kin and with fewer, but at least a tenth of that of the cell alone:
-        -log p.
+        Of the lesser of two p-values, with as many kin and with fewer, but at least a twentieth of that of the cell
+        alone: -log p.
     """
 
     sizes: tuple[NoveltyCalibration, ...]
@@ -78,9 +78,9 @@ class KinCalibration:
         """P-values (m,): how often the lesser p-value of a cell that is not novel is as small.
 
         A type that the reference lacks has many cells or few; the lesser of the two p-values finds both, and is itself
-        calibrated, since of two the lesser is small more often. It counts down to a tenth of the p-value of the cell
-        alone, so that what kin says alone finds nothing novel: types that hardly any held-out batch has can be off in
-        one direction, too.
+        calibrated, since of two the lesser is small more often. It counts down to a twentieth of the p-value of the
+        cell alone, so that what kin says alone finds nothing novel: types that hardly any held-out batch has can be off
+        in one direction, too.
         """
         out = np.empty(len(scores.size))
         for size in np.unique(scores.size):
