@@ -2,7 +2,7 @@
 
 NumPy parses a header with `ast`, whose depth counter all threads share up to Python 3.11.7 (cpython gh-106905): two
 headers at once may end in SystemError, "AST constructor recursion depth mismatch". Hence the lock, and hence nothing
-else in the package calls ``np.load``.
+else in the package calls ``np.load``. (What parses without it, such as a filter of TileDB-SOMA, can still meet it.)
 """
 
 from __future__ import annotations
@@ -17,6 +17,15 @@ import numpy as np
 from schelix_scale.publish import disk_errors
 
 _header = Lock()
+
+
+def _start_anew() -> None:
+    """Take another lock: a thread that is not here may hold the one that a fork has copied."""
+    global _header
+    _header = Lock()
+
+
+os.register_at_fork(after_in_child=_start_anew)
 
 
 def map_array(path: Path | str, mode: str = "r") -> np.memmap[Any, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,7 +11,6 @@ from schelix_scale.cli_options import (
     CensusUri,
     CensusVersion,
     ConfigFile,
-    GenesJoin,
     Layer,
     ObsFilter,
     Overwrite,
@@ -20,9 +19,6 @@ from schelix_scale.cli_options import (
     Setting,
     Threads,
 )
-
-if TYPE_CHECKING:
-    from schelix_scale.stores import Source
 
 Queries = Annotated[
     list[str],
@@ -42,14 +38,6 @@ LabelKeys = Annotated[
     list[str] | None,
     typer.Option(help="obs column of RUN whose labels are transferred. May be repeated.", metavar="COLUMN"),
 ]
-
-
-def _opened(query: list[str], layer: str | None, reading: dict[str, str | None]) -> Source:
-    """Return the query, opened if there are options that say what is read of it."""
-    from schelix_scale.stores import open_store
-
-    given = {name: value for name, value in reading.items() if value is not None}
-    return open_store(one_or_all(query), layer or "X", **given) if given else one_or_all(query)
 
 
 @app.command(
@@ -72,7 +60,6 @@ def map_verb(
     obs_filter: ObsFilter = None,
     census_version: CensusVersion = None,
     census_uri: CensusUri = None,
-    genes_join: GenesJoin = None,
     config: ConfigFile = None,
     setting: Setting = None,
     threads: Threads = None,
@@ -89,15 +76,9 @@ def map_verb(
     from schelix_scale.output import counted, print_lines, repeat_warnings
 
     reporter = make_reporter(quiet)
-    reading = {
-        "obs_filter": obs_filter,
-        "census_version": census_version,
-        "census_uri": census_uri,
-        "genes_join": genes_join,
-    }
     mapped = map_cells(
         run,
-        _opened(query, layer, reading),
+        one_or_all(query),
         batch_key=batch_key,
         label_key=label_key or (),
         out=out,
@@ -106,6 +87,9 @@ def map_verb(
         config=load_map_config(config, setting or ()),
         threads=threads,
         reporter=reporter,
+        obs_filter=obs_filter,
+        census_version=census_version,
+        census_uri=census_uri,
     )
     repeat_warnings(reporter)
     if quiet:
@@ -141,7 +125,6 @@ def extend(
     obs_filter: ObsFilter = None,
     census_version: CensusVersion = None,
     census_uri: CensusUri = None,
-    genes_join: GenesJoin = None,
     config: ConfigFile = None,
     setting: Setting = None,
     threads: Threads = None,
@@ -158,15 +141,9 @@ def extend(
     from schelix_scale.output import print_lines, repeat_warnings
 
     reporter = make_reporter(quiet)
-    reading = {
-        "obs_filter": obs_filter,
-        "census_version": census_version,
-        "census_uri": census_uri,
-        "genes_join": genes_join,
-    }
     extended = append(
         run,
-        _opened(query, layer, reading),
+        one_or_all(query),
         out=out,
         batch_key=batch_key,
         layer=layer or "X",
@@ -174,6 +151,9 @@ def extend(
         config=load_map_config(config, setting or ()),
         threads=threads,
         reporter=reporter,
+        obs_filter=obs_filter,
+        census_version=census_version,
+        census_uri=census_uri,
     )
     repeat_warnings(reporter)
     if quiet:

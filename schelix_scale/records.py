@@ -178,6 +178,9 @@ def _source_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         for change in config_differences(before, now)
         if not change.partition(": ")[0].endswith("fingerprint") and not re.search(r"(: |-> )\[", change)
     ]
+    onto = [source.get("mapped_onto", {}).get("fingerprint") for source in (before, now)]
+    if onto[0] != onto[1]:
+        told.append("the reference was changed since")
     return told or ["source: other cells or batches, or what is read of them"]
 
 

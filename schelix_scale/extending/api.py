@@ -16,7 +16,14 @@ from schelix_scale.context import version_facts
 from schelix_scale.errors import DataError, RunError
 from schelix_scale.extending.stages import EXTENSION, Extension
 from schelix_scale.mapping.api import NEEDED, Reference
-from schelix_scale.mapping.inputs import batches_digest, merged_settings, open_query, query_batches, refuse_inside
+from schelix_scale.mapping.inputs import (
+    batches_digest,
+    merged_settings,
+    open_query,
+    parted,
+    query_batches,
+    refuse_inside,
+)
 from schelix_scale.mapping.project import project
 from schelix_scale.mapping.query import Query, correct
 from schelix_scale.mapping.settings import MapConfig
@@ -65,7 +72,7 @@ def extend(
     overwrite
         Start over: remove the run that is in ``out``.
     config, **settings
-        Of the mapping: values, gene_key, min_genes.
+        Of the mapping: values, gene_key, min_genes. And what is read, as in `Reference.map`.
     threads
         Those of the run by default.
     reporter
@@ -89,8 +96,9 @@ def extend(
     reference = Reference.open(run, threads)
     out = Path(out).expanduser()
     refuse_inside(reference.path, out)
-    chosen = merged_settings(config, settings)
-    store = open_query(query, layer)
+    reading, single = parted(settings)
+    chosen = merged_settings(config, single)
+    store = open_query(query, layer, reading)
     batches = query_batches(store, batch_key, reference.frozen.config.data.batch_key)
     _check_size(reference, store)
     reporter = reporter or RichReporter()

@@ -13,7 +13,7 @@ from schelix_scale.config import memory_budget
 from schelix_scale.mapping.calibration import Calibration
 from schelix_scale.mapping.columns import check_keys
 from schelix_scale.mapping.encode import encode_query, find_calibration
-from schelix_scale.mapping.inputs import merged_settings, open_query, query_batches, refuse_inside
+from schelix_scale.mapping.inputs import merged_settings, open_query, parted, query_batches, refuse_inside
 from schelix_scale.mapping.mapped import Mapped, read_mapped
 from schelix_scale.mapping.project import project
 from schelix_scale.mapping.query import Query, correct, find_neighbors
@@ -105,7 +105,8 @@ class Reference:
         reporter
             Where progress goes; nowhere by default.
         **settings
-            Single settings, as ``coverage=0.95``; they win over ``config``.
+            Single settings, as ``coverage=0.95``; they win over ``config``. Also ``obs_filter``, ``census_version`` and
+            ``census_uri``, which say what is read of a SOMA experiment or the Census, see `open_store`.
 
         Raises
         ------
@@ -117,9 +118,10 @@ class Reference:
         RunError
             ``out`` holds something else.
         """
-        chosen = merged_settings(config, settings)
+        reading, single = parted(settings)
+        chosen = merged_settings(config, single)
         keys = (label_key,) if isinstance(label_key, str) else tuple(dict.fromkeys(label_key))
-        store = open_query(query, layer)
+        store = open_query(query, layer, reading)
         if out is not None:
             self._fill(store, batch_key, keys, Path(out).expanduser(), overwrite, chosen, reporter)
             return Mapped.open(out)

@@ -16,6 +16,7 @@ from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.transfer import (
     NOT_LABELLED,
+    VOTERS,
     LabelCalibration,
     Labels,
     NoveltyCalibration,
@@ -52,7 +53,7 @@ class KinCalibration:
         A size that hardly any batch is large enough for is left out, and so are larger ones: with less than 20 cells of
         three batches (or of as many as there are), or with so few that they cannot tell small p-values.
         """
-        batches = _batches_told(batch_s)
+        batches = max(1, _batches_told(batch_s))
         sizes: list[NoveltyCalibration] = []
         both: list[NoveltyCalibration] = []
         for size, scores_s in enumerate(scores_zs):
@@ -199,13 +200,14 @@ def calibrate(
     """
     held_out = hold_out(frozen, settings, threads, advance)
     batch_s = frozen.batch_n[held_out.rows]
-    seen_s = np.ones(len(batch_s), bool)
+    elsewhere_s = np.full(len(batch_s), len(frozen.batch_n))  # of a cell without labels nothing says that it is rare
     fitted = []
     for column in labels:
         true_s = column.code_n[held_out.rows]
-        elsewhere_s = _elsewhere(column.code_n, frozen.batch_n, true_s, batch_s)
-        seen_s &= (elsewhere_s > frozen.config.graph.k // 2) | (true_s == NOT_LABELLED)
-        chosen = np.flatnonzero((elsewhere_s > 0) & (true_s != NOT_LABELLED))
+        count_s = _elsewhere(column.code_n, frozen.batch_n, true_s, batch_s)
+        labelled_s = true_s != NOT_LABELLED
+        elsewhere_s[labelled_s] = np.minimum(elsewhere_s, count_s)[labelled_s]
+        chosen = np.flatnonzero((count_s > 0) & labelled_s)
         if len(chosen) < LEAST:
             raise DataError(
                 f"label_key {column.key!r}: {len(chosen)} held-out cells of the reference have a label that another "
@@ -214,16 +216,30 @@ def calibrate(
         votes = vote(held_out.distances[chosen], column.code_n[held_out.indices[chosen]], len(column.names))
         batch = batch_s[chosen]
         fitted.append(LabelCalibration.fit(votes, true_s[chosen], batch_weights(batch, ENOUGH), batch))
-    if not seen_s.any():
-        seen_s[:] = True
+    seen_s = _not_novel(elsewhere_s, batch_s, min(frozen.config.graph.k, VOTERS) // 2)
     novelty = KinCalibration.fit(held_out.scores[:, seen_s], batch_s[seen_s])
     unlabelled = KinCalibration.fit(held_out.scores, batch_s)
     return Calibration(novelty, unlabelled, tuple(fitted), held_out.whitening, held_out.usual, held_out.pool)
 
 
+def _not_novel(elsewhere_s: np.ndarray, batch_s: np.ndarray, few: int) -> np.ndarray:
+    """Return which held-out cells are of no type that is novel to the other batches, (s,) bool.
+
+    Novel is one of which these have up to ``few`` cells. Where that would leave less than half of the held-out cells,
+    or too few batches (labels so fine that each is rare), it is one of which they have none; and all cells count where
+    hardly any would be left.
+    """
+    asked = min(BATCHES, _batches_told(batch_s))
+    for most, share in ((few, 0.5), (0, 0.0)):
+        left_s = elsewhere_s > most
+        if left_s.sum() >= max(LEAST, share * len(left_s)) and _batches_told(batch_s[left_s]) >= asked:
+            return np.asarray(left_s)
+    return np.ones(len(batch_s), bool)
+
+
 def _elsewhere(code_n: np.ndarray, batch_n: np.ndarray, true_s: np.ndarray, batch_s: np.ndarray) -> np.ndarray:
     """How many cells of other batches than its own have the label of a cell, (s,)."""
-    known = code_n != NOT_LABELLED
-    count = np.zeros((int(code_n.max(initial=0)) + 2, int(batch_n.max()) + 1), np.int64)  # the last row: no label
-    np.add.at(count, (code_n[known], batch_n[known]), 1)
-    return np.asarray(count[true_s].sum(axis=1) - count[true_s, batch_s])
+    batches = int(batch_n.max()) + 1
+    pair_n = (code_n.astype(np.int64) + 1) * batches + batch_n  # the first row: no label
+    count = np.bincount(pair_n, minlength=(int(code_n.max(initial=0)) + 2) * batches).reshape(-1, batches)
+    return np.asarray(count[true_s + 1].sum(axis=1) - count[true_s + 1, batch_s])

@@ -119,10 +119,24 @@ def mix(indices_mk: np.ndarray, weights_mk: np.ndarray, rows: Callable[[np.ndarr
     return np.asarray(matrix @ rows(needed))
 
 
-def kernel_widths(features_nd: np.ndarray, operator: Operator, kernel_neighbor: int, rows: np.ndarray) -> np.ndarray:
-    """Kernel widths of reference cells (m,): the distance to their neighbour of that number, nearest first."""
+def kernel_widths(
+    features_nd: np.ndarray,
+    operator: Operator,
+    kernel_neighbor: int,
+    rows: np.ndarray,
+    chosen_n: np.ndarray | None = None,
+) -> np.ndarray:
+    """Kernel widths of reference cells (m,): the distance to their neighbour of that number, nearest first.
+
+    Among ``chosen_n`` (n,) bool, if given: the last of the neighbours in the operator where fewer of them are.
+    """
     column = min(kernel_neighbor, operator.indices_nk.shape[1]) - 1
     others = np.asarray(operator.indices_nk[rows, column])
+    if chosen_n is not None:
+        near_mk = np.asarray(operator.indices_nk[rows])
+        counted_mk = np.cumsum(chosen_n[near_mk], axis=1) > column
+        last = np.where(counted_mk.any(axis=1), counted_mk.argmax(axis=1), near_mk.shape[1] - 1)
+        others = near_mk[np.arange(len(rows)), last]
     cosine = np.einsum("md,md->m", unit_rows(features_nd[rows]), unit_rows(features_nd[others]))
     return np.asarray(np.maximum(1 - cosine, TINY))
 

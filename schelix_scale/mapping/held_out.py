@@ -82,9 +82,11 @@ def hold_out(
     raw, batch = np.asarray(frozen.raw_na[rows]), frozen.batch_n[rows]
     ways = ways_from(frozen.anchor_na, corrected, indices)
     whitening_dd = whitening(ways, batch)
-    score = frozen.novelty(raw, corrected, distances, frozen.widths(indices[:, :NEIGHBORS]))
-    own = Evidence(score, whitened(ways, whitening_dd))
     cells_of = [np.flatnonzero(batch == code) for code in np.unique(batch)]
+    width = np.empty((len(rows), NEIGHBORS))
+    for mine in cells_of:  # as if their batch had never been there
+        width[mine] = frozen.widths(indices[mine, :NEIGHBORS], int(batch[mine[0]]))
+    own = Evidence(frozen.novelty(raw, corrected, distances, width), whitened(ways, whitening_dd))
     kin_of = [np.sort(rng.choice(mine, min(pool, len(mine)), replace=False)) for mine in cells_of]
     spread_b = [spread_of(frozen.clusters.weights(corrected[kin])) for kin in kin_of]
     usual = _usual([Pool.of_cells(rows[kin], raw[kin], own[kin]) for kin in kin_of], spread_b)

@@ -8,17 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from schelix_scale.config import DataConfig
 from schelix_scale.errors import RunError
 from schelix_scale.mapping.settings import MapConfig, load_map_config
-from schelix_scale.stores import CellStore, Source, open_configured
+from schelix_scale.stores import CellStore, Source, open_store
 from schelix_scale.stores.batches import Batches, batch_columns, read_batches
 from schelix_scale.stores.checks import check_names
 from schelix_scale.stores.joined import JoinedStore
 
+READ_BY_NAME = ("obs_filter", "census_version", "census_uri")
 
-def open_query(query: Source, layer: str) -> CellStore:
+
+def open_query(query: Source, layer: str, reading: dict[str, Any]) -> CellStore:
     """Open new cells. Several files keep all their genes: what one has measured does not hang on the others.
+
+    ``reading`` are settings of `READ_BY_NAME`: which cells of an experiment, or of the Census, are read.
 
     Raises
     ------
@@ -26,7 +29,7 @@ def open_query(query: Source, layer: str) -> CellStore:
         They cannot be read, or names of cells or genes repeat.
     """
     joined = {} if isinstance(query, CellStore) else {"genes_join": "union"}
-    store = open_configured(query, DataConfig.model_validate({"layer": layer, **joined}))
+    store = open_store(query, layer, **joined, **reading)
     check_names(store)
     return store
 
@@ -60,6 +63,12 @@ def refuse_inside(run: Path, out: Path) -> None:
     there, home = out.resolve(), run.resolve()
     if there == home or there.is_relative_to(home) or home.is_relative_to(there):
         raise RunError(f"{out} is the reference, inside it or around it; it is never changed. Name another directory.")
+
+
+def parted(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return those of single settings that say what is read, of which None is none, and those of the mapping."""
+    reading = {name: settings[name] for name in READ_BY_NAME if settings.get(name) is not None}
+    return reading, {name: value for name, value in settings.items() if name not in READ_BY_NAME}
 
 
 def merged_settings(config: MapConfig | str | Path | None, settings: dict[str, Any]) -> MapConfig:

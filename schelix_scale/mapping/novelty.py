@@ -9,7 +9,7 @@ import numpy as np
 from schelix_scale.mapping.correction import Clusters
 
 NEIGHBORS = 7
-FARTHER = 100.0  # than its neighbours are from theirs, a cell is at most: these can be copies of one cell
+FARTHER = 100.0  # than its neighbours are from theirs, or nearer, a cell is at most: either can be copies of one cell
 BLOCK = 4_096
 
 
@@ -55,7 +55,7 @@ class NoveltyScore:
             (m, k) distances to the neighbours, nearest first, and the neighbours' kernel widths.
         """
         near, theirs = (part[:, :NEIGHBORS].astype(np.float64).mean(axis=1) for part in (distances_mk, width_mk))
-        near = np.maximum(near, 1e-9)
+        near = np.maximum(near, np.maximum(theirs / FARTHER, 1e-9))
         spread = self._spread(raw_md) + self._spread(corrected_md)
         return np.asarray(spread + np.log(near) + np.log(near / np.maximum(theirs, near / FARTHER)))
 

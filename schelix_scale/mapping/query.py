@@ -24,7 +24,7 @@ from schelix_scale.mapping.inputs import batches_digest
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.progress import Reporter
-from schelix_scale.records import StageRecord
+from schelix_scale.records import StageRecord, recorded_stages
 from schelix_scale.run_directory import RunDirectory
 from schelix_scale.scheduling import run_tasks
 from schelix_scale.stores.base import CellStore, Measured, partly_measured
@@ -82,10 +82,10 @@ class Query:
                 self.reporter.say(f"{name}: done before, skipped")
                 return directory.record(name)
             self.reporter.warn(f"{'; '.join(damage)}; {name} is done again")
-        elif any(record.stage == name for record in directory.records()):
+        elif name in recorded_stages(directory.path):
             self.reporter.warn(
-                f"{name}: was done with other settings or labels; it is done again, and what is in {directory.path} is "
-                "replaced. Another directory (-o) would keep both."
+                f"{name}: was done otherwise (settings, labels or version of schelix); it is done again, and what "
+                f"{directory.path} holds is replaced. Another directory (-o) would keep both."
             )
         directory.begin(name)
         started = time.monotonic()

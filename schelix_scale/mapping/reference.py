@@ -197,11 +197,12 @@ class Frozen:
         folder = self.directory.path / "graph" / name
         return Operator(map_array(folder / "indices.npy"), map_array(folder / "weights.npy"))
 
-    def widths(self, indices_mk: np.ndarray) -> np.ndarray:
-        """Kernel widths of reference cells, in the shape of their row numbers."""
+    def widths(self, indices_mk: np.ndarray, without: int | None = None) -> np.ndarray:
+        """Kernel widths of reference cells, in the shape of their row numbers; among cells of all batches but one."""
         needed, place = np.unique(indices_mk, return_inverse=True)
         number = graph_settings(self.config).kernel_neighbor
-        widths = kernel_widths(self.anchor_na, self.neighbor_operator, number, needed)
+        other_n = None if without is None else self.batch_n != without
+        widths = kernel_widths(self.anchor_na, self.neighbor_operator, number, needed, other_n)
         return np.asarray(widths[place].reshape(indices_mk.shape))
 
     @cached_property

@@ -247,10 +247,11 @@ def test_held_out_cells_have_kin_in_their_batch(reference: Reference) -> None:
     corrected = np.concatenate([_corrected(frozen, mine, mine) for mine in of_batch])
     ways = corrected - np.asarray(frozen.anchor_na)[held_out.indices[:, :7]].mean(axis=1)
     np.testing.assert_allclose(held_out.whitening, whitening(ways.astype(np.float64), batch), rtol=0.05, atol=0.02)
-    alone = frozen.novelty(raw, corrected, held_out.distances, frozen.widths(held_out.indices[:, :7]))
     for code in np.unique(batch):
         mine = np.flatnonzero(batch == code)
-        parts = np.arange(len(mine)), raw[mine], alone[mine], ways[mine] @ held_out.whitening
+        width = frozen.widths(held_out.indices[mine, :7], int(code))
+        alone = frozen.novelty(raw[mine], corrected[mine], held_out.distances[mine], width)
+        parts = np.arange(len(mine)), raw[mine], alone, ways[mine] @ held_out.whitening
         for place, k in enumerate(SIZES):
             np.testing.assert_allclose(held_out.scores[place, mine], expected(*parts, k), rtol=2e-3, atol=5e-3)
 

@@ -150,7 +150,7 @@ def test_a_mapping_goes_on_where_it_stopped(atlas: Atlas, tmp_path: Path) -> Non
     np.testing.assert_array_equal(again.embedding, done.embedding)
     other, before = QuietReporter(), (out / "features" / "anchor.npy").stat().st_mtime_ns
     map_cells(atlas.run, atlas.query, batch_key="batch", out=out, reporter=other, novelty=0.05)
-    assert [text.split(":")[1] for text in other.messages if "is replaced" in text] == [" map"]
+    assert [text.split(":")[1] for text in other.messages if "holds is replaced" in text] == [" map"]
     assert (out / "features" / "anchor.npy").stat().st_mtime_ns == before
     with pytest.raises(RunError, match="with other settings or cells"):
         map_cells(atlas.run, atlas.known, batch_key="batch", out=out, reporter=QuietReporter())

@@ -7,7 +7,9 @@ import pytest
 from sklearn.metrics.pairwise import cosine_distances
 
 from schelix_scale import Reference
-from schelix_scale.mapping.calibration import calibrate
+from schelix_scale.mapping import calibration
+from schelix_scale.mapping.calibration import KinCalibration, _not_novel, calibrate
+from schelix_scale.mapping.kin import KinScores
 from schelix_scale.mapping.novelty import NoveltyScore
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.transfer import Labels
@@ -40,13 +42,18 @@ def test_the_score_of_single_cells(reference: Reference) -> None:
     np.testing.assert_allclose(found, far(raw) + far(corrected) + np.log(d**2 / w), rtol=1e-3, atol=2e-3)
     copies = score(raw, corrected, distances, np.full_like(width, 1e-12))
     np.testing.assert_allclose(copies, far(raw) + far(corrected) + np.log(100 * d), rtol=1e-6)
+    copy = score(raw, corrected, np.zeros_like(distances), width)
+    np.testing.assert_allclose(copy, far(raw) + far(corrected) + np.log(w / 100**2), rtol=1e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize(("elsewhere", "left_out"), [(0, True), (7, True), (8, False)])
+@pytest.mark.parametrize(
+    ("voters", "elsewhere", "left_out"), [(15, 0, 1), (15, 7, 1), (15, 8, 0), (9, 4, 1), (9, 5, 0)]
+)
 def test_types_too_rare_to_decide_a_vote_do_not_calibrate_novelty(
-    reference: Reference, elsewhere: int, left_out: bool
+    reference: Reference, monkeypatch: pytest.MonkeyPatch, voters: int, elsewhere: int, left_out: int
 ) -> None:
-    """A label that one batch has often and the others ``elsewhere`` times; a majority of 15 neighbours is 8."""
+    """A label that one batch has often and the others ``elsewhere`` times; a majority of 15 voters is 8."""
+    monkeypatch.setattr(calibration, "VOTERS", voters)
     frozen = reference.frozen
     batch = np.asarray(frozen.batch_n)
     code = np.zeros(len(batch), np.int32)
@@ -55,7 +62,31 @@ def test_types_too_rare_to_decide_a_vote_do_not_calibrate_novelty(
     found = calibrate(frozen, [Labels("type", ("common", "rare"), code)], MapConfig())
     held_out = len(found.unlabelled.sizes[0].scores_s)
     assert held_out == len(batch), "all are held out, for this to be told"
-    gone = {True: 60, False: 0}[left_out]
-    assert len(found.novelty.sizes[0].scores_s) == held_out - gone
+    assert len(found.novelty.sizes[0].scores_s) == held_out - 60 * left_out
     labelled = len(found.labels[0].scores_s)
     assert labelled == held_out - (60 if elsewhere == 0 else 0), "labels are calibrated on all that others have at all"
+
+
+def test_where_all_types_are_rare_more_of_them_calibrate() -> None:
+    batch, place = np.repeat(np.arange(4), 60), np.arange(240)
+    some, few = np.where(place % 10 < 6, 9, 3), np.where(place % 10 < 4, 9, 3)
+    np.testing.assert_array_equal(_not_novel(some, batch, 7), some > 7)
+    assert _not_novel(few, batch, 7).all(), "less than half would be left: all but those of which the others have none"
+    few[:10] = 0
+    np.testing.assert_array_equal(_not_novel(few, batch, 7), few > 0)
+    assert _not_novel(np.where(place < 15, 9, 0), batch, 7).all(), "hardly any would be left"
+    one_batch = np.where(place < 60, 9, 0)
+    assert _not_novel(one_batch, batch, 7).all(), "they would be of one batch"
+
+
+def test_batches_too_small_for_kin_are_calibrated_alone() -> None:
+    """Ten batches of 15 cells: no pool is large enough for kin."""
+    rng = np.random.default_rng(0)
+    scores = np.full((5, 150), np.nan)
+    scores[0] = rng.normal(size=150)
+    found = KinCalibration.fit(scores, np.repeat(np.arange(10), 15))
+    assert len(found.sizes) == 1
+    new = rng.normal(size=400)
+    p = found.p_values(KinScores(new, new, new, new, np.zeros(400, np.int64)))
+    rank = (1 + (scores[0] >= new[:, None]).sum(axis=1)) / 151
+    np.testing.assert_allclose(p, rank, atol=0.02)

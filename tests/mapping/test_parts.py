@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
+from sklearn.metrics.pairwise import cosine_similarity
 
 from schelix_scale import Reference, open_store
 from schelix_scale.errors import DataError
@@ -218,6 +219,23 @@ def test_a_query_diffuses_as_a_row_of_the_operator_would() -> None:
     levels.materialize()
     again = levels.diffuse(near[rows], weights[rows], levels_n[0][rows], (0, 1, 3), kept)
     np.testing.assert_array_equal(found, again)
+
+
+def test_widths_among_some_of_the_cells() -> None:
+    rng = np.random.default_rng(4)
+    features = rng.normal(size=(60, 5)).astype(np.float32)
+    far = 1 - cosine_similarity(features)
+    np.fill_diagonal(far, np.inf)
+    near, chosen = np.argsort(far, axis=1)[:, :10], rng.random(60) < 0.5
+    operator = Operator(near, np.zeros((60, 10), np.float32))
+    rows = np.arange(40)
+    expected = []
+    for row in rows:
+        others = [cell for cell in near[row] if chosen[cell]]
+        expected.append(far[row, others[2] if len(others) > 2 else near[row, -1]])
+    np.testing.assert_allclose(kernel_widths(features, operator, 3, rows, chosen), expected, rtol=1e-4)
+    assert any(chosen[near[rows]].sum(axis=1) < 3), "of some too few are listed"
+    np.testing.assert_allclose(kernel_widths(features, operator, 3, rows), np.sort(far, axis=1)[:40, 2], rtol=1e-4)
 
 
 def test_an_index_takes_in_new_cells(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import tiledbsoma.io
 from typer.testing import CliRunner
 
-from schelix_scale import extend
+from schelix_scale import extend, map_cells
 from schelix_scale.cli import app
 from schelix_scale.errors import DataError, RunError
 from schelix_scale.progress import QuietReporter
@@ -66,3 +66,6 @@ def test_part_of_an_experiment(atlas: Atlas, query_file: Path, tmp_path: Path) -
     refused = cli.invoke(app, ["map", run, str(query_file), "--obs-filter", "batch == 'b3'", "-o", str(tmp_path / "n")])
     assert refused.exit_code == 1
     assert "is no SOMA experiment" in " ".join(refused.output.split())
+    quiet = QuietReporter()
+    again = map_cells(run, soma, batch_key="batch", layer="data", obs_filter="batch == 'b3'", reporter=quiet)
+    np.testing.assert_array_equal(again.embedding, expected.obsm["X_schelix"])
