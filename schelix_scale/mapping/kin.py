@@ -19,7 +19,8 @@ import numpy as np
 from schelix_scale.graph.vectors import row_blocks, unit_rows
 from schelix_scale.mapping.evidence import Evidence, together
 
-SIZES, SHARE = (1, 2, 4, 8, 15), 10  # cells and their kin: the most that are no more than one in ten of a pool
+SIZES, SHARE = (1, 2, 4, 8, 15), 7  # cells and their kin: the most that are no more than one in seven of a pool
+ALONE = 20  # cells that a pool has at least, for any to have kin
 FEWER = 2  # places before in `SIZES`: a rare type has too few cells for the most, so that a quarter counts, too
 POOL = 1_000
 BLOCK = 2_048
@@ -74,7 +75,7 @@ class Pool:
         (d,) and (z,) median way of the half of its cells that score less, and what its cells usually score with each
         number of kin up to ``size``: as far as the batch tells it. 0 of single cells.
     size
-        Which of `SIZES` its cells are looked at with: 15 cells, or fewer in a pool of less than 150, where kin are few.
+        Which of `SIZES` its cells are looked at with: 15 cells, or fewer in a pool of less than 105, where kin are few.
     """
 
     rows: np.ndarray
@@ -104,7 +105,7 @@ class Pool:
             What is usual in other batches, and in how many clusters this one lies: without them the batch is taken to
             tell what it is as a whole.
         """
-        size = min(most, max(0, int(np.searchsorted(SIZES, len(rows) // SHARE, side="right")) - 1))
+        size = min(most, int(np.searchsorted(SIZES, len(rows) // SHARE, side="right")) - 1) if len(rows) >= ALONE else 0
         found = cls(rows, unit_rows(raw_pd), own, np.zeros(own.way_md.shape[1]), np.zeros(size + 1), size)
         if size == 0:
             return found
