@@ -82,7 +82,7 @@ def test_files_give_what_one_file_gives(whole: ad.AnnData, files: list[Path], tm
     )
     assert [m for m in r.messages if "skipped" in m] == [f"{name}: done before, skipped" for name in STAGE_NAMES]
     np.testing.assert_array_equal(again.embedding, many.embedding)
-    with pytest.raises(RunError, match=r"other settings or cells .*source\.files"):
+    with pytest.raises(RunError, match=r"other settings or cells .*source\.uri: 3 files.* -> 2 files"):
         integrate(files[:2], batch_key="batch", out=many.path, reporter=QuietReporter(), **SMALL)
 
 
