@@ -134,11 +134,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     batch = ["--batch-key", arguments.batch_key]
     label = ["--label-key", arguments.label_key] if arguments.label_key else []
-    about, rows = {**circumstances(), "threads": threads()}, []
+    about = {**circumstances(), "threads": threads()}
 
     def keep(row: dict[str, Any]) -> None:
-        rows.append({**row, **about})
-        save_rows(arguments.out, rows)
+        kept = {old["verb"]: old for old in read_rows(arguments.out)}  # what is not measured now stays as it was
+        save_rows(arguments.out, list({**kept, row["verb"]: {**row, **about}}.values()))
         print({name: row[name] for name in row if name != "stages"}, row.get("stages", ""), flush=True)
 
     with tempfile.TemporaryDirectory(prefix="mapping-speed-", dir=arguments.scratch) as scratch:
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             note = f"extend takes {share:.1%} of it; scib total {pair[0]:.3f} against {pair[1]:.3f} of 10,000 cells"
             keep({**whole, "totals": pair, "extend_share": share, "note": note})
     if arguments.readme:
-        update_readme(HERE / "README.md", read_rows(arguments.out.with_name("mapping.json")), rows)
+        update_readme(HERE / "README.md", read_rows(arguments.out.with_name("mapping.json")), read_rows(arguments.out))
     return 0
 
 
