@@ -10,6 +10,7 @@ import numpy as np
 
 from schelix_scale.arrays import load_arrays
 from schelix_scale.errors import DataError
+from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.mapping.held_out import hold_out
 from schelix_scale.mapping.kin import SIZES, KinScores, Usual, less
 from schelix_scale.mapping.reference import Frozen
@@ -25,6 +26,7 @@ from schelix_scale.transfer import (
 )
 
 LEAST = 20
+BLOCK = 1 << 20  # cells whose labels are counted at once
 ENOUGH = 100  # cells from which on a batch has its full weight
 KIN_COUNTS = 20.0  # how many times less than that of the cell alone a p-value can be
 BATCHES, TOLD = 3, 0.005  # of a number of kin: held-out batches, if there are so many, and the least p-value
@@ -240,6 +242,9 @@ def _not_novel(elsewhere_s: np.ndarray, batch_s: np.ndarray, few: int) -> np.nda
 def _elsewhere(code_n: np.ndarray, batch_n: np.ndarray, true_s: np.ndarray, batch_s: np.ndarray) -> np.ndarray:
     """How many cells of other batches than its own have the label of a cell, (s,)."""
     batches = int(batch_n.max()) + 1
-    pair_n = (code_n.astype(np.int64) + 1) * batches + batch_n  # the first row: no label
-    count = np.bincount(pair_n, minlength=(int(code_n.max(initial=0)) + 2) * batches).reshape(-1, batches)
+    pairs = np.zeros((int(code_n.max(initial=0)) + 2) * batches, np.int64)  # the first row: no label
+    for start, stop in row_blocks(len(code_n), BLOCK):
+        place = (code_n[start:stop].astype(np.int64) + 1) * batches + batch_n[start:stop]
+        pairs += np.bincount(place, minlength=len(pairs))
+    count = pairs.reshape(-1, batches)
     return np.asarray(count[true_s + 1].sum(axis=1) - count[true_s + 1, batch_s])

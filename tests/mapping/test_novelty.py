@@ -54,6 +54,7 @@ def test_types_too_rare_to_decide_a_vote_do_not_calibrate_novelty(
 ) -> None:
     """A label that one batch has often and the others ``elsewhere`` times; a majority of 15 voters is 8."""
     monkeypatch.setattr(calibration, "VOTERS", voters)
+    monkeypatch.setattr(calibration, "BLOCK", 100)
     frozen = reference.frozen
     batch = np.asarray(frozen.batch_n)
     code = np.zeros(len(batch), np.int32)
