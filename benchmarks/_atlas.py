@@ -211,7 +211,7 @@ def _alias_tables(profiles: sparse.csr_matrix) -> tuple[np.ndarray, np.ndarray, 
 
 
 @numba.njit(cache=True)
-def _fill_alias(indptr, weights, thresholds, aliases):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _fill_alias(indptr, weights, thresholds, aliases):
     for row in range(len(indptr) - 1):
         start, stop = indptr[row], indptr[row + 1]
         n = stop - start
@@ -242,7 +242,7 @@ def _fill_alias(indptr, weights, thresholds, aliases):  # type: ignore[no-untype
 
 
 @numba.njit(inline="always")
-def _next(state):  # type: ignore[no-untyped-def]  # pragma: no cover
+def _next(state):
     """Splitmix64: the next state and 53 random bits as a number in [0, 1)."""
     state += np.uint64(0x9E3779B97F4A7C15)
     z = state
@@ -253,7 +253,7 @@ def _next(state):  # type: ignore[no-untyped-def]  # pragma: no cover
 
 
 @numba.njit(cache=True, parallel=True, nogil=True)
-def _draw(  # type: ignore[no-untyped-def]  # pragma: no cover
+def _draw(
     first, seed, profile_n, batch_n, molecules_n, indptr, genes, thresholds, aliases, kept_bg, offsets, out, counts, n
 ):
     for i in numba.prange(len(profile_n)):

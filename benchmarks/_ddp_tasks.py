@@ -109,7 +109,7 @@ def scvi(run: str, batch: int, steps: int, threads: int, cells: int, epochs: int
         model = SCVI(adata)
         from lightning.pytorch.callbacks import Callback
 
-        class Marks(Callback):  # type: ignore[misc]
+        class Marks(Callback):
             def on_train_epoch_start(self, *_: Any) -> None:
                 marks.append(time.perf_counter())
 

@@ -191,15 +191,13 @@ def _scvi_reference(job: Job, scratch: Path) -> tuple[AnnData, object]:
 
 
 def _fit(model: object, scratch: Path, **options: object) -> None:
-    model.train(  # type: ignore[attr-defined]
-        accelerator="cpu", enable_progress_bar=False, default_root_dir=str(scratch), **options
-    )
+    model.train(accelerator="cpu", enable_progress_bar=False, default_root_dir=str(scratch), **options)
 
 
 def scvi_joint(job: Job, scratch: Path) -> np.ndarray:
     """scVI of all cells."""
     _, model = _scvi_reference(job, scratch)
-    return np.asarray(model.get_latent_representation())  # type: ignore[attr-defined]
+    return np.asarray(model.get_latent_representation())
 
 
 def scarches(job: Job, scratch: Path) -> Arrays:
@@ -211,7 +209,7 @@ def scarches(job: Job, scratch: Path) -> Arrays:
     from sklearn.neighbors import NearestNeighbors
 
     adata, model = _scvi_reference(job, scratch)
-    z_reference = np.asarray(model.get_latent_representation())  # type: ignore[attr-defined]
+    z_reference = np.asarray(model.get_latent_representation())
     started = time.perf_counter()
     query = _counts(job.query, job.batch_key)
     scvi.model.SCVI.prepare_query_anndata(query, model)

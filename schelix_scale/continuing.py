@@ -16,7 +16,8 @@ from schelix_scale.compute import (
     share_cores,
     thread_count,
 )
-from schelix_scale.config import Config, config_differences, memory_budget
+from schelix_scale.config import Config, memory_budget
+from schelix_scale.config_changes import config_differences
 from schelix_scale.config_io import merge_settings
 from schelix_scale.context import Context, not_done
 from schelix_scale.errors import ConfigError, RunError

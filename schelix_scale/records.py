@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from schelix_scale.config import Config, config_differences
+from schelix_scale.config import Config
+from schelix_scale.config_changes import config_differences
 from schelix_scale.errors import RunError
 from schelix_scale.locking import LOCK_NAME
 from schelix_scale.publish import checksum, partial_path, remove, size_of

@@ -32,7 +32,7 @@ STAGE_NAMES = ["genes", "features", "graph", "train", "embed"]
 
 
 def make_adata(**kwargs: object) -> anndata.AnnData:
-    cells = make_cells(n_types=4, n_batches=3, per_group=30, n_genes=150, **kwargs)  # type: ignore[arg-type]
+    cells = make_cells(n_types=4, n_batches=3, per_group=30, n_genes=150, **kwargs)
     obs = pd.DataFrame(
         {
             "batch": pd.Categorical([f"donor{b}" for b in cells.batch_n]),
@@ -47,7 +47,7 @@ def make_adata(**kwargs: object) -> anndata.AnnData:
 
 def run(source: object, out: Path, **settings: object) -> schelix_scale.Run:
     given = {"reporter": QuietReporter(), **SMALL, **settings}
-    return integrate(source, batch_key="batch", out=out, **given)  # type: ignore[arg-type]
+    return integrate(source, batch_key="batch", out=out, **given)
 
 
 def within_and_between(embedding: np.ndarray, codes: np.ndarray) -> float:

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schelix_scale.config import Config, _cgroup_limits, config_differences, memory_budget, parse_bytes
+from schelix_scale.config import Config, _cgroup_limits, memory_budget, parse_bytes
+from schelix_scale.config_changes import config_differences
 from schelix_scale.config_io import load_config
 from schelix_scale.errors import ConfigError
 from schelix_scale.mapping.settings import MapConfig, load_map_config
@@ -142,7 +143,7 @@ def test_mapping_may_hold_tuples_and_null() -> None:
 )
 def test_refusals_name_the_key_and_what_is_allowed(overrides: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config(overrides=overrides)  # type: ignore[arg-type]
+        load_config(overrides=overrides)
 
 
 def test_refusals_name_the_file(tmp_path: Path) -> None:

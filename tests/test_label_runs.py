@@ -35,7 +35,7 @@ def adata() -> anndata.AnnData:
 
 def run(source: anndata.AnnData, out: Path, reporter: QuietReporter | None = None, **settings: object) -> Run:
     reporter = reporter or QuietReporter()
-    return integrate(source, batch_key="batch", out=out, reporter=reporter, **{**SETTINGS, **settings})  # type: ignore[arg-type]
+    return integrate(source, batch_key="batch", out=out, reporter=reporter, **{**SETTINGS, **settings})
 
 
 def test_labels_of_some_improve_the_others(adata: anndata.AnnData, tmp_path: Path) -> None:

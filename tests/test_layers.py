@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "schelix_scale"
 LAYERS = [
     {"_version", "errors"},
     {"config"},
-    {"config_io"},
+    {"config_io", "config_changes"},
     {"progress", "compute", "scheduling"},
     {"publish", "locking", "provenance"},
     {"arrays"},

@@ -69,7 +69,7 @@ def test_clear_labels_score_one_and_random_ones_do_not() -> None:
 )
 def test_what_cannot_be_scored_is_an_error(score: object, groups: list[object], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        score(np.arange(12.0).reshape(6, 2), groups)  # type: ignore[operator]
+        score(np.arange(12.0).reshape(6, 2), groups)
 
 
 def test_three_cells_are_too_few() -> None:

@@ -98,7 +98,7 @@ def _killed_after(source: Path, out: Path, stage: int) -> None:
     done = stages.STAGES[stage]
 
     def stage_then_die(context: object, directory: RunDirectory) -> None:
-        done(context, directory)  # type: ignore[arg-type]
+        done(context, directory)
         os.kill(os.getpid(), signal.SIGKILL)
 
     import schelix_scale.pipeline as pipeline
@@ -200,7 +200,7 @@ def test_log_values_are_detected_and_give_nearly_the_same(
 def test_settings_from_a_config_object_and_keywords_are_merged() -> None:
     from schelix_scale.config_io import merge_settings
 
-    config = schelix_scale.Config(seed=3, graph={"k": 11})  # type: ignore[arg-type]
+    config = schelix_scale.Config(seed=3, graph={"k": 11})
     merged = merge_settings(config, "donor", {"graph__theta": 0.5, "seed": 4})
     assert (merged.seed, merged.graph.k, merged.graph.theta, merged.data.batch_key) == (4, 11, 0.5, "donor")
 

@@ -31,7 +31,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(source: object, out: Path, reporter: QuietReporter | None = None, **settings: object) -> Run:
     given = {"reporter": reporter or QuietReporter(), "embed.streams": True, **SMALL, **settings}
-    return integrate(source, batch_key="batch", out=out, **given)  # type: ignore[arg-type]
+    return integrate(source, batch_key="batch", out=out, **given)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ def adata() -> anndata.AnnData:
 
 
 def run(source: object, out: Path, **settings: object) -> schelix_scale.Run:
-    return integrate(source, batch_key="batch", out=out, reporter=QuietReporter(), **{**SETTINGS, **settings})  # type: ignore[arg-type]
+    return integrate(source, batch_key="batch", out=out, reporter=QuietReporter(), **{**SETTINGS, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_a_single_stream_is_smoothed_by_its_strength(tmp_path: Path) -> None:
 
 def test_strength_0_says_what_it_is(adata: anndata.AnnData, tmp_path: Path) -> None:
     reporter = QuietReporter()
-    integrate(adata, batch_key="batch", out=tmp_path / "run", strength=0, reporter=reporter, **SETTINGS)  # type: ignore[arg-type]
+    integrate(adata, batch_key="batch", out=tmp_path / "run", strength=0, reporter=reporter, **SETTINGS)
     assert any(message.startswith("strength 0: the embedding is the PCA") for message in reporter.messages)
     assert not any("graph kept" in message or "refresh" in message for message in reporter.messages)
 
@@ -169,7 +169,7 @@ def test_without_a_partition_anchors_are_corrected_and_batches_reweighted(
 
 def test_without_a_partition_the_whole_run_finishes(adata: anndata.AnnData, tmp_path: Path) -> None:
     reporter, settings = QuietReporter(), {**SETTINGS, "genes.partition": "all", "strength": 0.5}
-    result = integrate(adata, batch_key="batch", out=tmp_path / "run", reporter=reporter, **settings)  # type: ignore[arg-type]
+    result = integrate(adata, batch_key="batch", out=tmp_path / "run", reporter=reporter, **settings)
     assert any("120 Anchors and 0 Variants (genes are not divided)" in message for message in reporter.messages)
     assert set(result.to_anndata().obsm) == {"X_schelix", "X_schelix_backbone", "X_schelix_anchor"}
     assert result.verify() == []

@@ -28,7 +28,7 @@ def atlas(tmp_path_factory: pytest.TempPathFactory) -> Atlas:
 
 
 def run_on(source: str, out: Path, **settings: object) -> Run:
-    return integrate(source, batch_key="batch", out=out, reporter=QuietReporter(), **SMALL, **settings)  # type: ignore[arg-type]
+    return integrate(source, batch_key="batch", out=out, reporter=QuietReporter(), **SMALL, **settings)
 
 
 @pytest.fixture(scope="module")

@@ -154,9 +154,9 @@ class Counting(np.ndarray):
     rows = 0
 
     def __getitem__(self, key: object) -> np.ndarray:
-        return self._counted(np.asarray(self).__getitem__(key))  # type: ignore[call-overload]
+        return self._counted(np.asarray(self).__getitem__(key))
 
-    def take(self, rows: np.ndarray, axis: int) -> np.ndarray:  # type: ignore[override]
+    def take(self, rows: np.ndarray, axis: int) -> np.ndarray:
         return self._counted(np.asarray(self).take(rows, axis))
 
     def _counted(self, found: np.ndarray) -> np.ndarray:

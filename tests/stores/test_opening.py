@@ -45,7 +45,7 @@ def test_paths_anndata_and_stores(path: Path) -> None:
     with pytest.raises(StoreError, match="is open with layer 'X'; 'counts' was asked"):
         open_store(store, "counts")
     with pytest.raises(StoreError, match="cannot be read from a ndarray"):
-        open_store(np.zeros(3))  # type: ignore[arg-type]
+        open_store(np.zeros(3))
     with pytest.raises(StoreError, match=r"s3://bucket/a.zarr is a remote address"):
         open_store("s3://bucket/a.zarr")
 
@@ -84,7 +84,7 @@ def test_a_file_address_is_the_path_of_it(path: Path) -> None:
 def test_settings_that_files_are_not_read_by_are_refused(path: Path, options: dict[str, Any], message: str) -> None:
     for source in (path, ad.read_h5ad(path), [path]):
         with pytest.raises(StoreError, match=message):
-            open_store(source, **options)  # type: ignore[arg-type]
+            open_store(source, **options)
     assert open_store(path, measurement="RNA", census_version="stable").n_cells == 83
 
 

@@ -249,7 +249,7 @@ def test_the_last_write_is_that_of_the_youngest_fragment(experiment: Path) -> No
             fragments = Path(uri.removeprefix("file://")) / "__fragments"
             youngest = max(int(path.name.split("_")[3]) for path in fragments.iterdir())
             more = written if kind == "SparseNDArray" else 0
-            assert _soma.last_write(store.address, kind, uri) == (cells + more, youngest)  # type: ignore[arg-type]
+            assert _soma.last_write(store.address, kind, uri) == (cells + more, youngest)
         with tiledbsoma.Experiment.open(str(experiment), "w") as opened:
             opened.ms["RNA"].X["data"].write(table)
 

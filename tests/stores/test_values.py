@@ -28,7 +28,7 @@ def normalised(total: float, seed: int = 0) -> np.ndarray:
 def decide(*batches: np.ndarray, asked: str = "auto") -> ValueDecision:
     x_ng = sparse.csr_matrix(np.vstack(batches).astype(np.float32))
     codes = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
-    return decide_values(x_ng, codes, [f"b{i}" for i in range(len(batches))], asked)  # type: ignore[arg-type]
+    return decide_values(x_ng, codes, [f"b{i}" for i in range(len(batches))], asked)
 
 
 @pytest.mark.parametrize(

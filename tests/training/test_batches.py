@@ -27,7 +27,7 @@ class Counted(CachedFeatures):
 
     def cells(self, rows: np.ndarray, *given: object, **more: object) -> Cells:
         self.reads.append(len(rows))
-        return super().cells(rows, *given, **more)  # type: ignore[arg-type]
+        return super().cells(rows, *given, **more)
 
 
 def batches(phase: str, ranks: Ranks = ALONE, labels: bool = False) -> Batches:
@@ -68,7 +68,7 @@ def test_a_group_is_read_at_once_and_the_same_wherever_training_goes_on() -> Non
     """Numbers lie at the same places of the same arrays: their sums are rounded alike."""
     found = batches(REFINE)
     first = list(found.steps(PLAN, ROWS, [7], range(STEPS), None))
-    reads = found.features.reads  # type: ignore[attr-defined]
+    reads = found.features.reads
     assert len(reads) == 2 * -(-STEPS // TOGETHER_STEPS), "own and other cells of each group"
     start = TOGETHER_STEPS + 3
     again = list(found.steps(PLAN, ROWS, [7], range(start, STEPS), None))

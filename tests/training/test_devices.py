@@ -43,7 +43,7 @@ def test_features_kept_on_a_device_are_the_same() -> None:
             torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=0)
     assert torch.equal(found.anchor[:, 0], torch.ones(4, 6))
     np.testing.assert_array_equal(found.anchor[:, 1:], features.anchor_nta[rows, 1:])
-    np.testing.assert_array_equal(kept.resident[0][rows], features.anchor_nta[rows])  # type: ignore[index]
+    np.testing.assert_array_equal(kept.resident[0][rows], features.anchor_nta[rows])
     assert features.nbytes == N * (3 * 6 * 4 + 3 * 5 * 4 + 8)
 
 

@@ -202,6 +202,6 @@ def test_refuses_nothing_to_load(store: AnnDataStore) -> None:
 )
 def test_buffers_follow_from_memory(store: AnnDataStore, budget: int, expected: tuple[int, int]) -> None:
     class Rich(CountingStore):
-        nonzeros_per_cell = 2_000.0  # type: ignore[assignment]
+        nonzeros_per_cell = 2_000.0
 
     assert shuffle_for(Rich(store), budget) == expected
