@@ -17,6 +17,7 @@ NOT_LABELLED = -1
 VOTERS, WIDTH = 15, 7
 FLOORS, TEMPERATURES = (1e-4, 0.3), (0.3, 5.0)
 TINY = 1e-12
+HARDLY = 0.01  # of a label's usual votes, shared by all labels
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,15 @@ class LabelCalibration:
         p is proportional to (vote + floor)^(1 / temperature).
     scores_s, weight_s
         Ascending 1 - p(true label) of held-out cells, and their weights, which sum to 1.
+    usual_ll
+        (l, l) mean votes of held-out cells of each label, see `usual_votes`.
     """
 
     temperature: float
     floor: float
     scores_s: np.ndarray
     weight_s: np.ndarray
+    usual_ll: np.ndarray
 
     @classmethod
     def fit(
@@ -150,11 +154,22 @@ class LabelCalibration:
         floor, temperature = (float(value) for value in np.exp(found.x))
         scores = 1 - sharpen(votes_sl, temperature, floor)[rows, true_s]
         order = np.argsort(scores, kind="stable")
-        return cls(temperature, floor, scores[order], weight_s[order])
+        return cls(temperature, floor, scores[order], weight_s[order], usual_votes(votes_sl, true_s, weight_s))
 
     def probabilities(self, votes_ml: np.ndarray) -> np.ndarray:
         """Calibrated probabilities (m, l), rows sum to 1."""
         return sharpen(votes_ml, self.temperature, self.floor)
+
+    def oddness(self, votes_ml: np.ndarray) -> np.ndarray:
+        """By how much votes are unlike those that cells of any one label usually get, (m,) nats; below 0 if less mixed.
+
+        The cross entropy of a cell's votes and a label's usual ones, less the entropy of these, for the label for which
+        it is least. Cells of some types often have neighbours of another; between two that are hardly ever mixed are
+        cells of a type that has no label.
+        """
+        usual = np.log(self.usual_ll)
+        mixed_l = (self.usual_ll * usual).sum(axis=1)
+        return np.asarray((mixed_l - votes_ml @ usual.T).min(axis=1))
 
     def threshold(self, coverage: float) -> float:
         """Least probability of the labels of a set, such that sets of held-out cells have the true one so often.
@@ -173,6 +188,19 @@ class LabelCalibration:
         chosen = probabilities_ml >= self.threshold(coverage) - 1e-12
         chosen[np.arange(len(chosen)), probabilities_ml.argmax(axis=1)] = True
         return np.asarray(chosen)
+
+
+def usual_votes(votes_sl: np.ndarray, true_s: np.ndarray, weight_s: np.ndarray) -> np.ndarray:
+    """Mean votes (l, l) of cells of each label, one cell more counted in that votes for its label alone.
+
+    No label has a share of less than .01 / l: that two were not mixed in these cells does not say that they never are.
+    """
+    n_labels = votes_sl.shape[1]
+    weight_s = weight_s / max(weight_s.sum(), TINY) * len(weight_s)
+    sum_ll = np.eye(n_labels)
+    np.add.at(sum_ll, true_s, votes_sl * weight_s[:, None])
+    mean_ll = sum_ll / sum_ll.sum(axis=1, keepdims=True)
+    return np.asarray((1 - HARDLY) * mean_ll + HARDLY / n_labels)
 
 
 def sharpen(votes_ml: np.ndarray, temperature: float, floor: float) -> np.ndarray:

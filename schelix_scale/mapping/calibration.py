@@ -13,6 +13,7 @@ from schelix_scale.errors import DataError
 from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.mapping.held_out import hold_out
 from schelix_scale.mapping.kin import SIZES, KinScores, Usual, less
+from schelix_scale.mapping.odd_votes import ENOUGH, odd_elsewhere, oddest
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.transfer import (
@@ -27,7 +28,6 @@ from schelix_scale.transfer import (
 
 LEAST = 20
 BLOCK = 1 << 20  # cells whose labels are counted at once
-ENOUGH = 100  # cells from which on a batch has its full weight
 KIN_COUNTS = 20.0  # how many times less than that of the cell alone a p-value can be
 BATCHES, TOLD = 3, 0.005  # of a number of kin: held-out batches, if there are so many, and the least p-value
 
@@ -146,13 +146,14 @@ class Calibration:
     def save(self, path: Path) -> None:
         """Write all arrays to an .npz file."""
         arrays: dict[str, np.ndarray] = {"pool": np.array(self.pool), "whitening": self.whitening_dd}
-        arrays |= {"usual_spread": np.array(self.usual.spread), "usual_score": self.usual.score_z}
+        arrays |= {"usual_spread": np.array(self.usual.spread), "usual_score": self.usual.score_cz}
         for name, both in (("novelty", self.novelty), ("unlabelled", self.unlabelled)):
             for kind, parts in (("", both.sizes), ("both_", both.both)):
                 for size, part in enumerate(parts):
                     arrays |= {f"{name}_{kind}{size}": part.scores_s, f"{name}_{kind}{size}_weight": part.weight_s}
         for place, label in enumerate(self.labels):
             arrays |= {f"scores_{place}": label.scores_s, f"weight_{place}": label.weight_s}
+            arrays[f"usual_votes_{place}"] = label.usual_ll
             arrays[f"sharpening_{place}"] = np.array([label.temperature, label.floor])
         np.savez(path, **arrays)  # type: ignore[arg-type]
 
@@ -167,6 +168,7 @@ class Calibration:
                 float(file[f"sharpening_{i}"][1]),
                 file[f"scores_{i}"],
                 file[f"weight_{i}"],
+                file[f"usual_votes_{i}"],
             )
             for i in range(count)
         )
@@ -201,9 +203,9 @@ def calibrate(
         Fewer than 20 held-out cells have a label that other batches have too.
     """
     held_out = hold_out(frozen, settings, threads, advance)
-    batch_s = frozen.batch_n[held_out.rows]
+    batch_s = held_out.batch
     elsewhere_s = np.full(len(batch_s), len(frozen.batch_n))  # of a cell without labels nothing says that it is rare
-    fitted = []
+    fitted, said = [], []
     for column in labels:
         true_s = column.code_n[held_out.rows]
         count_s = _elsewhere(column.code_n, frozen.batch_n, true_s, batch_s)
@@ -215,13 +217,16 @@ def calibrate(
                 f"label_key {column.key!r}: {len(chosen)} held-out cells of the reference have a label that another "
                 f"batch has too; {LEAST} are needed to calibrate it. Labels that are batches cannot be transferred."
             )
-        votes = vote(held_out.distances[chosen], column.code_n[held_out.indices[chosen]], len(column.names))
-        batch = batch_s[chosen]
-        fitted.append(LabelCalibration.fit(votes, true_s[chosen], batch_weights(batch, ENOUGH), batch))
+        near = column.code_n[held_out.indices]
+        votes, batch = vote(held_out.distances, near, len(column.names)), batch_s[chosen]
+        fit = LabelCalibration.fit(votes[chosen], true_s[chosen], batch_weights(batch, ENOUGH), batch)
+        said.append(odd_elsewhere(fit, votes, near, true_s, batch_s, chosen))
+        fitted.append(fit)
     seen_s = _not_novel(elsewhere_s, batch_s, min(frozen.config.graph.k, VOTERS) // 2)
-    novelty = KinCalibration.fit(held_out.scores[:, seen_s], batch_s[seen_s])
-    unlabelled = KinCalibration.fit(held_out.scores, batch_s)
-    return Calibration(novelty, unlabelled, tuple(fitted), held_out.whitening, held_out.usual, held_out.pool)
+    (without, with_labels), usual = held_out.with_kin(oddest(said, len(batch_s)))
+    novelty = KinCalibration.fit(with_labels[:, seen_s], batch_s[seen_s])
+    unlabelled = KinCalibration.fit(without, batch_s)
+    return Calibration(novelty, unlabelled, tuple(fitted), held_out.whitening, usual, held_out.pool)
 
 
 def _not_novel(elsewhere_s: np.ndarray, batch_s: np.ndarray, few: int) -> np.ndarray:

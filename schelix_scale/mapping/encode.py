@@ -25,9 +25,10 @@ from schelix_scale.mapping.columns import (
     query_obs,
 )
 from schelix_scale.mapping.diffusion import query_weights
-from schelix_scale.mapping.evidence import Evidence, ways_from, whitened
+from schelix_scale.mapping.evidence import Evidence, mean_around, whitened
 from schelix_scale.mapping.kin import KinScores, Pool, spread_of
 from schelix_scale.mapping.novelty import NEIGHBORS
+from schelix_scale.mapping.odd_votes import odd_votes, oddest
 from schelix_scale.mapping.query import (
     BLOCK,
     CORRECTED,
@@ -55,7 +56,7 @@ CALIBRATION, MAPPED = "calibration.npz", "mapped.zarr"
 def find_calibration(query: Query, labels: Sequence[Labels], known: Calibration | None) -> tuple[Calibration, Any]:
     """Calibrate on held-out batches of the reference, or take what is ``known``, and keep it in the directory."""
     settings = query.settings
-    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 11}
+    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 12}
     inputs |= {"cells": settings.calibration_cells, "batches": settings.calibration_batches}
 
     def make() -> tuple[list[str], dict[str, Any]]:
@@ -100,7 +101,7 @@ class Encoded:
 
 def encode_cells(
     frozen: Frozen,
-    novelty: KinScores,
+    novelty: tuple[KinScores, KinScores],
     features: Sequence[np.ndarray],
     moves: Sequence[np.ndarray] | None,
     indices_mk: np.ndarray,
@@ -118,7 +119,7 @@ def encode_cells(
     Parameters
     ----------
     novelty
-        How novel they are.
+        How novel they are, without and with what labels say.
     features
         (m, a) and (m, v) corrected components.
     moves
@@ -128,8 +129,8 @@ def encode_cells(
     """
     settings = graph_settings(frozen.config)
     weights = query_weights(distances_mk, width_mk, frozen.batch_n[indices_mk], frozen.theta, settings.kernel_neighbor)
-    p_value = calibration.novelty.p_values(novelty)
-    without_labels = calibration.unlabelled.p_values(novelty)
+    without_labels = calibration.unlabelled.p_values(novelty[0])
+    p_value = calibration.novelty.p_values(novelty[1])
     kept = np.minimum(1.0, without_labels / level) if level > 0 else np.ones(len(p_value))
     diffused = [
         levels.diffuse(indices_mk, weights, own, settings.hops, kept)
@@ -174,7 +175,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
     """Write mapped.zarr: obs with labels and novelty, and the latents."""
     frozen, settings, n = query.frozen, query.settings, query.store.n_cells
     inputs = {"labels": [column.key for column in labels], "coverage": settings.coverage, "novelty": settings.novelty}
-    inputs |= {"obs": query.store.obs_fingerprint(), "version": 11}
+    inputs |= {"obs": query.store.obs_fingerprint(), "version": 12}
 
     def make() -> tuple[list[str], dict[str, Any]]:
         raw = query.load(RAW.format("anchor"))
@@ -184,7 +185,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
         indices, distances, measured = query.load(INDICES), query.load(DISTANCES), query.load(MEASURED)
         found = {name: np.zeros(n, np.float32) for name in (NOVELTY, P_VALUE, DISTANCE)}
         columns = [LabelColumns(column, n) for column in labels]
-        pools = find_pools(query, calibration)
+        pools = find_pools(query, labels, calibration)
         with query.directory.publish(MAPPED) as path, query.reporter.stage("map", n) as progress:
             widths = {key: part.shape[1] for key, part in _probe(frozen).items()}
             arrays = create_mapped(path, n, widths)
@@ -195,19 +196,19 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
                 moved = None if moves is None else [np.asarray(part[rows]) for part in moves]
                 own = [np.asarray(part[rows]) for part in features]
                 width = frozen.widths(near)
-                signs = evidence(frozen, calibration, raw[rows], own[0], near, far, width)
+                votes = [vote(far, column.code_n[near], len(column.names)) for column in labels]
+                signs = evidence(frozen, labels, calibration, raw[rows], own[0], near, far, width, votes)
                 score = KinScores.of_cells(pools, query.batches.codes[rows], np.arange(*span), raw[rows], signs)
                 got = encode_cells(frozen, score, own, moved, near, far, width, calibration, settings.novelty)
                 for key, latent in got.latents.items():
                     arrays[key][rows] = latent
                 seen = np.asarray(measured[rows])
                 p_value = np.where(seen, got.p_value, 1.0)  # of a cell without any gene nothing speaks for novelty
-                for name, values in zip(found, (score.plain, p_value, got.distance), strict=True):
+                for name, values in zip(found, (score[1].plain, p_value, got.distance), strict=True):
                     found[name][rows] = values
                 novel = p_value <= settings.novelty
-                for column, fit in zip(columns, calibration.labels, strict=True):
-                    votes = vote(far, column.labels.code_n[near], len(column.labels.names))
-                    sharp = fit.probabilities(votes)
+                for column, fit, share in zip(columns, calibration.labels, votes, strict=True):
+                    sharp = fit.probabilities(share)
                     voted = seen & (column.labels.code_n[near] != NOT_LABELLED).any(axis=1)
                     column.fill(span[0], sharp, fit.sets(sharp, settings.coverage), novel, voted)
                 return span[1] - span[0]
@@ -224,7 +225,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
     return query.stage("map", inputs, ["neighbors", "calibrate"], make)
 
 
-def find_pools(query: Query, calibration: Calibration) -> list[Pool]:
+def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration) -> list[Pool]:
     """Draw the cells of each batch among which its cells have their kin; none that has no gene."""
     raw, corrected = query.load(RAW.format("anchor")), query.load(CORRECTED.format("anchor"))
     indices, distances, measured = query.load(INDICES), query.load(DISTANCES), query.load(MEASURED)
@@ -235,7 +236,9 @@ def find_pools(query: Query, calibration: Calibration) -> list[Pool]:
         rows = np.flatnonzero((codes == code) & measured)
         rows = np.sort(rows[np.argsort(order[rows], kind="stable")[: calibration.pool]])
         parts = raw[rows], corrected[rows], indices[rows], distances[rows]
-        own = evidence(query.frozen, calibration, *parts, query.frozen.widths(parts[2][:, :NEIGHBORS]))
+        votes = [vote(parts[3], column.code_n[parts[2]], len(column.names)) for column in labels]
+        width = query.frozen.widths(parts[2][:, :NEIGHBORS])
+        own = evidence(query.frozen, labels, calibration, *parts, width, votes)
         spread = spread_of(query.frozen.clusters.weights(parts[1]))
         pools[code] = Pool.of_cells(rows, parts[0], own, calibration.most, calibration.usual, spread)
         return len(rows)
@@ -246,16 +249,21 @@ def find_pools(query: Query, calibration: Calibration) -> list[Pool]:
 
 def evidence(
     frozen: Frozen,
+    labels: Sequence[Labels],
     calibration: Calibration,
     raw_ma: np.ndarray,
     corrected_ma: np.ndarray,
     indices_mk: np.ndarray,
     distances_mk: np.ndarray,
     width_mk: np.ndarray,
+    votes: Sequence[np.ndarray],
 ) -> Evidence:
-    """Return what tells how novel cells are; of their neighbours the first 7 count."""
-    ways = whitened(ways_from(frozen.anchor_na, corrected_ma, indices_mk), calibration.whitening_dd)
-    return Evidence(frozen.novelty(np.asarray(raw_ma), corrected_ma, distances_mk, width_mk), ways)
+    """Return what tells how novel cells are: of their neighbours the first 7 count, and what votes say of labels."""
+    fits = zip(labels, calibration.labels, votes, strict=True)
+    odd = oddest([odd_votes(fit, share, column.code_n[indices_mk]) for column, fit, share in fits], len(indices_mk))
+    around = mean_around(frozen.anchor_na, indices_mk)
+    score = frozen.novelty(np.asarray(raw_ma), corrected_ma, around, distances_mk, width_mk)
+    return Evidence.of_cells(score, odd, whitened(corrected_ma - around, calibration.whitening_dd))
 
 
 def _probe(frozen: Frozen) -> dict[str, np.ndarray]:

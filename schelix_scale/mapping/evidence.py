@@ -16,6 +16,7 @@ FEW, ENOUGH = 10, 100  # cells of a batch from which on it says something of the
 SHRUNK = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 TINY = 1e-12
 BLOCK = 4_096
+ODD = 3.0  # how much odd votes weigh, beside how far a cell is
 
 
 @dataclass(frozen=True)
@@ -24,37 +25,42 @@ class Evidence:
 
     Attributes
     ----------
-    score_m
-        Scores of single cells, see `novelty.NoveltyScore`.
+    score_cm
+        (2, m) scores of single cells, see `novelty.NoveltyScore`: as they are, and with what labels say added.
     way_md
         (m, d) which way and how far each is from the mean of the 7 nearest reference cells, in standard deviations of
         held-out cells; float32, in whole steps of 1 / 4096.
     """
 
-    score_m: np.ndarray
+    score_cm: np.ndarray
     way_md: np.ndarray
+
+    @classmethod
+    def of_cells(cls, score_m: np.ndarray, odd_m: np.ndarray, way_md: np.ndarray) -> Evidence:
+        """Put together scores, what `transfer.LabelCalibration.oddness` says of votes, and ways."""
+        return cls(np.stack([score_m, score_m + ODD * odd_m]), way_md)
 
     def __getitem__(self, chosen: np.ndarray | slice) -> Evidence:
         """Return that of some of the cells."""
-        return Evidence(self.score_m[chosen], self.way_md[chosen])
+        return Evidence(self.score_cm[:, chosen], self.way_md[chosen])
 
 
-def together(score_m: np.ndarray, way_md: np.ndarray, count: int) -> np.ndarray:
-    """Return score + log(count |way|^2), (m,), of mean scores and mean ways of so many cells.
+def together(score_cm: np.ndarray, way_md: np.ndarray, count: int) -> np.ndarray:
+    """Return score + log(count |way|^2), (2, m), of mean scores and mean ways of so many cells.
 
     Of noise the mean way of ``count`` cells has the square length of a single one's, divided by ``count``.
     """
-    return np.asarray(score_m + np.log(count * (way_md.astype(np.float64) ** 2).sum(axis=1) + TINY))
+    return np.asarray(score_cm + np.log(count * (way_md.astype(np.float64) ** 2).sum(axis=1) + TINY))
 
 
-def ways_from(anchor_na: np.ndarray, corrected_md: np.ndarray, indices_mk: np.ndarray) -> np.ndarray:
-    """Return corrected components (m, d) less the mean of those of the 7 nearest reference cells, float64."""
-    out = np.empty(corrected_md.shape)
+def mean_around(anchor_na: np.ndarray, indices_mk: np.ndarray) -> np.ndarray:
+    """Return the mean components (m, d) of the 7 nearest reference cells, float64."""
+    out = np.empty((len(indices_mk), anchor_na.shape[1]))
     for start in range(0, len(out), BLOCK):
         rows = slice(start, start + BLOCK)
         near = np.asarray(indices_mk[rows, :AROUND])
         around = np.take(anchor_na, near.ravel(), axis=0).reshape(*near.shape, -1)
-        out[rows] = corrected_md[rows] - around.mean(axis=1, dtype=np.float64)
+        out[rows] = around.mean(axis=1, dtype=np.float64)
     return out
 
 

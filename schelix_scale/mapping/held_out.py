@@ -15,7 +15,7 @@ from schelix_scale.errors import DataError
 from schelix_scale.graph.nearest import nearest_in_blocks
 from schelix_scale.graph.vectors import row_blocks, unit_rows
 from schelix_scale.mapping.correction import fit_batch, shifted
-from schelix_scale.mapping.evidence import Evidence, ways_from, whitened, whitening
+from schelix_scale.mapping.evidence import Evidence, mean_around, whitened, whitening
 from schelix_scale.mapping.kin import POOL, SIZES, Pool, Usual, spread_of
 from schelix_scale.mapping.novelty import NEIGHBORS
 from schelix_scale.mapping.reference import Frozen
@@ -30,15 +30,52 @@ LEAST_OF_BATCH = 400  # held-out cells, if it has them: kin among fewer are not 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out cells (s,): rows, neighbours in other batches, novelty (5, s) by size of kin; how large a pool is."""
+    """Held-out cells.
+
+    Attributes
+    ----------
+    rows, batch
+        (s,) which cells of the reference they are, and of which batch.
+    indices, distances
+        (s, k) neighbours in other batches.
+    raw, score, way
+        (s, a) components before they are corrected; (s,) and (s, a) what tells how novel each is, see `Evidence`.
+    cells_of, kin_of, spread_of
+        Of each batch: its cells, those among which they have their kin, and in how many clusters these lie.
+    whitening
+        See `evidence.whitening`.
+    pool
+        How many cells of a batch may be kin.
+    """
 
     rows: np.ndarray
+    batch: np.ndarray
     indices: np.ndarray
     distances: np.ndarray
-    scores: np.ndarray
+    raw: np.ndarray
+    score: np.ndarray
+    way: np.ndarray
+    cells_of: Sequence[np.ndarray]
+    kin_of: Sequence[np.ndarray]
+    spread_of: Sequence[float]
     whitening: np.ndarray
-    usual: Usual
     pool: int
+
+    def with_kin(self, odd_s: np.ndarray) -> tuple[np.ndarray, Usual]:
+        """How novel cells and their kin are, (2, 5, s) without and with what labels say; and what is usual of batches.
+
+        Parameters
+        ----------
+        odd_s
+            What `transfer.LabelCalibration.oddness` says of the cells' votes.
+        """
+        rows, raw, own = self.rows, self.raw, Evidence.of_cells(self.score, odd_s, self.way)
+        usual = _usual([Pool.of_cells(rows[kin], raw[kin], own[kin]) for kin in self.kin_of], self.spread_of)
+        scores = np.full((2, len(SIZES), len(rows)), np.nan)
+        for mine, kin, spread in zip(self.cells_of, self.kin_of, self.spread_of, strict=True):
+            among = Pool.of_cells(rows[kin], raw[kin], own[kin], usual=usual, spread=spread)
+            scores[:, : among.size + 1, mine] = among.scores(rows[mine], raw[mine], own[mine])
+        return scores, usual
 
 
 def hold_out(
@@ -80,30 +117,26 @@ def hold_out(
     indices, distances = _neighbors_elsewhere(frozen, corrected, frozen.batch_n[rows], threads)
     pool = min(share, POOL)
     raw, batch = np.asarray(frozen.raw_na[rows]), frozen.batch_n[rows]
-    ways = ways_from(frozen.anchor_na, corrected, indices)
+    around = mean_around(frozen.anchor_na, indices)
+    ways = corrected - around
     whitening_dd = whitening(ways, batch)
     cells_of = [np.flatnonzero(batch == code) for code in np.unique(batch)]
     width = np.empty((len(rows), NEIGHBORS))
     for mine in cells_of:  # as if their batch had never been there
         width[mine] = frozen.widths(indices[mine, :NEIGHBORS], int(batch[mine[0]]))
-    own = Evidence(frozen.novelty(raw, corrected, distances, width), whitened(ways, whitening_dd))
+    score, way = frozen.novelty(raw, corrected, around, distances, width), whitened(ways, whitening_dd)
     kin_of = [np.sort(rng.choice(mine, min(pool, len(mine)), replace=False)) for mine in cells_of]
     spread_b = [spread_of(frozen.clusters.weights(corrected[kin])) for kin in kin_of]
-    usual = _usual([Pool.of_cells(rows[kin], raw[kin], own[kin]) for kin in kin_of], spread_b)
-    scores = np.full((len(SIZES), len(rows)), np.nan)
-    for mine, kin, spread in zip(cells_of, kin_of, spread_b, strict=True):
-        among = Pool.of_cells(rows[kin], raw[kin], own[kin], usual=usual, spread=spread)
-        scores[: among.size + 1, mine] = among.scores(rows[mine], raw[mine], own[mine])
-    return HeldOut(rows, indices, distances, scores, whitening_dd, usual, pool)
+    return HeldOut(rows, batch, indices, distances, raw, score, way, cells_of, kin_of, spread_b, whitening_dd, pool)
 
 
 def _usual(pools: Sequence[Pool], spread_b: Sequence[float]) -> Usual:
     """Return medians over batches, of those that have kin of a size."""
-    score_z = np.zeros(len(SIZES))
+    score_cz = np.zeros((2, len(SIZES)))
     for size in range(len(SIZES)):
-        there = [pool.usual_z[size] for pool in pools if pool.size >= size]
-        score_z[size] = np.median(there) if there else 0.0
-    return Usual(float(np.median(spread_b)), score_z)
+        there = [pool.usual_cz[:, size] for pool in pools if pool.size >= size]
+        score_cz[:, size] = np.median(there, axis=0) if there else 0.0
+    return Usual(float(np.median(spread_b)), score_cz)
 
 
 def _corrected(frozen: Frozen, fit: np.ndarray, rows: np.ndarray) -> np.ndarray:

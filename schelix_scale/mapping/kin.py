@@ -36,12 +36,12 @@ class Usual:
     ----------
     spread
         In how many clusters a batch lies, see `spread_of`.
-    score_z
-        (5,) lower quartile of what its cells score with each number of `SIZES`; 0 for single cells.
+    score_cz
+        (2, 5) lower quartile of what its cells score with each number of `SIZES`, see `Evidence`; 0 for single cells.
     """
 
     spread: float
-    score_z: np.ndarray
+    score_cz: np.ndarray
 
     def told(self, spread: float) -> float:
         """Return how far a batch in so many clusters tells what it is as a whole, from 0 to 1."""
@@ -71,8 +71,8 @@ class Pool:
         (p, d) their uncorrected Anchor components, scaled to norm 1: a batch's cells are displaced alike.
     own
         What tells how novel each of them is.
-    usual_way_d, usual_z
-        (d,) and (z,) median way of the half of its cells that score less, and what its cells usually score with each
+    usual_way_d, usual_cz
+        (d,) and (2, z) median way of the half of its cells that score less, and what its cells usually score with each
         number of kin up to ``size``: as far as the batch tells it. 0 of single cells.
     size
         Which of `SIZES` its cells are looked at with: 15 cells, or fewer in a pool of less than 105, where kin are few.
@@ -82,7 +82,7 @@ class Pool:
     unit_pd: np.ndarray
     own: Evidence
     usual_way_d: np.ndarray
-    usual_z: np.ndarray
+    usual_cz: np.ndarray
     size: int
 
     @classmethod
@@ -106,19 +106,20 @@ class Pool:
             tell what it is as a whole.
         """
         size = min(most, int(np.searchsorted(SIZES, len(rows) // SHARE, side="right")) - 1) if len(rows) >= ALONE else 0
-        found = cls(rows, unit_rows(raw_pd), own, np.zeros(own.way_md.shape[1]), np.zeros(size + 1), size)
+        found = cls(rows, unit_rows(raw_pd), own, np.zeros(own.way_md.shape[1]), np.zeros((2, size + 1)), size)
         if size == 0:
             return found
         told = 1.0 if usual is None else usual.told(spread)
-        likely = own.score_m <= np.median(own.score_m)
+        likely = own.score_cm[0] <= np.median(own.score_cm[0])
         found = replace(found, usual_way_d=told * np.median(own.way_md[likely], axis=0).astype(np.float64))
-        usual_z = np.quantile(found.scores(rows, raw_pd, own), QUARTILE, axis=1)
+        usual_cz = np.quantile(found.scores(rows, raw_pd, own), QUARTILE, axis=-1)
         if usual is not None:
-            usual_z = told * usual_z + (1 - told) * usual.score_z[: size + 1]
-        return replace(found, usual_z=np.r_[0.0, usual_z[1:]])
+            usual_cz = told * usual_cz + (1 - told) * usual.score_cz[:, : size + 1]
+        usual_cz[:, 0] = 0.0
+        return replace(found, usual_cz=usual_cz)
 
     def scores(self, rows: np.ndarray, raw_md: np.ndarray, own: Evidence) -> np.ndarray:
-        """Return how novel cells and their kin are together, for each of `SIZES` up to that of the pool: (z, m).
+        """Return how novel cells and their kin are together, for each of `SIZES` up to that of the pool: (2, z, m).
 
         That is the mean of their scores and log(k |w|^2) of the mean w of their k ways, above what the batch has.
 
@@ -130,17 +131,17 @@ class Pool:
             Their uncorrected Anchor components, and what tells how novel each is.
         """
         sizes = SIZES[: self.size + 1]
-        out = np.empty((len(sizes), len(rows)))
+        out = np.empty((2, len(sizes), len(rows)))
         for start, stop in row_blocks(len(rows), BLOCK):
-            score, way = own.score_m[start:stop], own.way_md[start:stop]
-            out[0, start:stop] = together(score, way, 1)
+            score, way = own.score_cm[:, start:stop], own.way_md[start:stop]
+            out[:, 0, start:stop] = together(score, way, 1)
             near = self._nearest(rows[start:stop], raw_md[start:stop], sizes[-1] - 1)
             for place, k in enumerate(sizes[1:], 1):
                 kin = near[:, : k - 1]
-                theirs = np.sort(self.own.score_m[kin], axis=1).sum(axis=1)  # sorted: no order decides a digit
+                theirs = np.sort(self.own.score_cm[:, kin], axis=2).sum(axis=2)  # sorted: no order decides a digit
                 away = way + self.own.way_md[kin].sum(axis=1, dtype=np.float64)  # exact: see `evidence.STEPS`
-                out[place, start:stop] = together((score + theirs) / k, away / k - self.usual_way_d, k)
-        return np.asarray(out - self.usual_z[:, None])
+                out[:, place, start:stop] = together((score + theirs) / k, away / k - self.usual_way_d, k)
+        return np.asarray(out - self.usual_cz[..., None])
 
     def _nearest(self, rows: np.ndarray, raw_md: np.ndarray, count: int) -> np.ndarray:
         """Places (m, count) of the cells of the pool that are most like others, but for themselves, nearest first."""
@@ -180,17 +181,21 @@ class KinScores:
     @classmethod
     def of_cells(
         cls, pools: Sequence[Pool], batch_m: np.ndarray, rows: np.ndarray, raw_md: np.ndarray, own: Evidence
-    ) -> KinScores:
-        """Score cells of several batches, each among the pool that has the number of its batch."""
-        single, plain, most, fewer = np.empty((4, len(rows)))
+    ) -> tuple[KinScores, KinScores]:
+        """Score cells of several batches, each among the pool that has the number of its batch.
+
+        The first are without what labels say, the second with it.
+        """
+        single, plain, most, fewer = np.empty((4, 2, len(rows)))
         size = np.empty(len(rows), np.int64)
         for batch in np.unique(batch_m):
             mine, pool = np.flatnonzero(batch_m == batch), pools[batch]
             found = pool.scores(rows[mine], raw_md[mine], own[mine])
-            most[mine], fewer[mine], size[mine] = found[-1], found[less(pool.size)], pool.size
-            single[mine] = found[0]
-            plain[mine] = found[-1] + pool.usual_z[-1]
-        return cls(single, plain, most, fewer, size)
+            most[:, mine], fewer[:, mine], size[mine] = found[:, -1], found[:, less(pool.size)], pool.size
+            single[:, mine] = found[:, 0]
+            plain[:, mine] = found[:, -1] + pool.usual_cz[:, -1:]
+        without, with_labels = (cls(single[c], plain[c], most[c], fewer[c], size) for c in (0, 1))
+        return without, with_labels
 
 
 def less(size: int) -> int:

@@ -17,10 +17,11 @@ BLOCK = 4_096
 class NoveltyScore:
     """Score of how novel a cell is, higher is more.
 
-    log M(z) + log M(z') + log d + log(d / w): M is the squared Mahalanobis distance to the clusters' centres, with
-    their pooled covariance, weighted by cluster membership, of a cell before and after its batch's correction (which
-    can move a type that the reference lacks onto one that it has); d is the mean distance to the 7 nearest cells, and w
-    how far these are from theirs (their mean kernel width): types with few or scattered cells are far from any.
+    log M(z) + log M(z') - log M(r) + log d + log(d / w): M is the squared Mahalanobis distance to the clusters'
+    centres, with their pooled covariance, weighted by cluster membership, of a cell before and after its batch's
+    correction (which can move a type that the reference lacks onto one that it has), and of the mean r of the 7 nearest
+    cells. d is the mean distance to these, and w how far they are from theirs (their mean kernel width): types with few
+    or scattered cells are far from any, and from the centres.
 
     Attributes
     ----------
@@ -43,7 +44,12 @@ class NoveltyScore:
         return cls(clusters, np.linalg.cholesky(np.linalg.inv(covariance)))
 
     def __call__(
-        self, raw_md: np.ndarray, corrected_md: np.ndarray, distances_mk: np.ndarray, width_mk: np.ndarray
+        self,
+        raw_md: np.ndarray,
+        corrected_md: np.ndarray,
+        around_md: np.ndarray,
+        distances_mk: np.ndarray,
+        width_mk: np.ndarray,
     ) -> np.ndarray:
         """Score cells, (m,).
 
@@ -51,12 +57,14 @@ class NoveltyScore:
         ----------
         raw_md, corrected_md
             (m, d) Anchor components before and after the batch's correction.
+        around_md
+            (m, d) the mean of those of the neighbours.
         distances_mk, width_mk
             (m, k) distances to the neighbours, nearest first, and the neighbours' kernel widths.
         """
         near, theirs = (part[:, :NEIGHBORS].astype(np.float64).mean(axis=1) for part in (distances_mk, width_mk))
         near = np.maximum(near, np.maximum(theirs / FARTHER, 1e-9))
-        spread = self._spread(raw_md) + self._spread(corrected_md)
+        spread = self._spread(raw_md) + self._spread(corrected_md) - self._spread(around_md)
         return np.asarray(spread + np.log(near) + np.log(near / np.maximum(theirs, near / FARTHER)))
 
     def _spread(self, z_md: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 
 from schelix_scale import Reference
 from schelix_scale.mapping.calibration import KinCalibration
-from schelix_scale.mapping.evidence import Evidence, ways_from, whitened, whitening
+from schelix_scale.mapping.evidence import Evidence, mean_around, whitened, whitening
 from schelix_scale.mapping.held_out import _corrected, hold_out
 from schelix_scale.mapping.kin import KinScores, Pool, Usual, spread_of
 from schelix_scale.mapping.reference import Frozen
@@ -37,11 +37,16 @@ def expected(pool: np.ndarray, raw: np.ndarray, score: np.ndarray, way: np.ndarr
     return raw_scores(*parts, np.arange(len(raw)), k) - (np.quantile(raw_scores(*parts, pool, k), 0.25) if k > 1 else 0)
 
 
+def evidence(score: np.ndarray, way: np.ndarray) -> Evidence:
+    """Evidence of cells of which labels say nothing."""
+    return Evidence.of_cells(score, np.zeros(len(score)), way)
+
+
 def made_up(seed: int, n: int) -> tuple[np.ndarray, Evidence]:
     """Components of cells, and what tells how novel they are."""
     rng = np.random.default_rng(seed)
     raw, way = rng.normal(size=(n, 6)).astype(np.float32), rng.normal(size=(n, 4)) + np.array([0, 1, 0, 0])
-    return raw, Evidence(rng.normal(size=n), whitened(way, np.eye(4)))
+    return raw, evidence(rng.normal(size=n), whitened(way, np.eye(4)))
 
 
 @pytest.mark.parametrize(("size", "most"), [(200, 5), (104, 4), (55, 3), (20, 2), (19, 1)])
@@ -49,14 +54,29 @@ def test_a_cell_and_its_kin(size: int, most: int) -> None:
     raw, own = made_up(0, 300)
     rows = np.sort(np.random.default_rng(0).choice(300, size, replace=False))
     found = Pool.of_cells(rows, raw[rows], own[rows]).scores(np.arange(300), raw, own)
-    for scores, k in zip(found, SIZES[:most], strict=True):
-        np.testing.assert_allclose(scores, expected(rows, raw, own.score_m, own.way_md, k), atol=1e-3)
+    for scores, k in zip(found[0], SIZES[:most], strict=True):
+        np.testing.assert_allclose(scores, expected(rows, raw, own.score_cm[0], own.way_md, k), atol=1e-3)
+
+
+def test_what_labels_say_is_a_score_of_its_own() -> None:
+    """It is added to a cell's score three times; which cells say what the way of a batch is does not depend on it."""
+    rng = np.random.default_rng(15)
+    (raw, plain), odd, rows = made_up(3, 300), rng.exponential(size=300), np.arange(300)
+    own = Evidence.of_cells(plain.score_cm[0], odd, plain.way_md)
+    without, found = Pool.of_cells(rows, raw, own).scores(rows, raw, own)
+    np.testing.assert_array_equal(without, Pool.of_cells(rows, raw, plain).scores(rows, raw, plain)[0])
+    alike = cosine_similarity(raw)
+    for place, k in enumerate(SIZES):
+        kin = [[cell, *[i for i in np.argsort(-alike[cell]) if i != cell][: k - 1]] for cell in rows]
+        more = np.array([odd[cells].mean() for cells in kin])
+        raw_score = raw_scores(rows, raw, plain.score_cm[0], plain.way_md, rows, k) + 3 * more
+        np.testing.assert_allclose(found[place], raw_score - (np.quantile(raw_score, 0.25) if k > 1 else 0), atol=1e-3)
 
 
 def test_no_more_kin_than_is_calibrated() -> None:
     raw, own = made_up(0, 300)
     few, many = (Pool.of_cells(np.arange(300), raw, own, most).scores(np.arange(300), raw, own) for most in (2, 4))
-    np.testing.assert_array_equal(few, many[:3])
+    np.testing.assert_array_equal(few, many[:, :3])
 
 
 def test_the_order_of_cells_decides_no_digit() -> None:
@@ -66,11 +86,11 @@ def test_the_order_of_cells_decides_no_digit() -> None:
 
     def found(order: np.ndarray, block: int) -> np.ndarray:
         white = np.concatenate([whitened(way[order][i : i + block], turn) for i in range(0, 300, block)])
-        own = Evidence(score[order], white)
+        own = Evidence.of_cells(score[order], np.abs(score[order]), white)
         return Pool.of_cells(rows, raw[order], own).scores(rows, raw[order], own)
 
     order = rng.permutation(300)
-    np.testing.assert_array_equal(found(rows, 300)[:, order], found(order, 7))
+    np.testing.assert_array_equal(found(rows, 300)[..., order], found(order, 7))
 
 
 def test_kin_is_of_the_own_batch() -> None:
@@ -80,11 +100,11 @@ def test_kin_is_of_the_own_batch() -> None:
         rows = np.flatnonzero(batch == code)
         pools.append(Pool.of_cells(rows, raw[rows], own[rows]))
     part = np.r_[np.arange(30), 399]
-    found = KinScores.of_cells(pools, batch[part], part, raw[part], own[part])
+    _, found = KinScores.of_cells(pools, batch[part], part, raw[part], own[part])
     for code in (0, 1):
         rows = np.flatnonzero(batch == code)
         here, among = batch[part] == code, np.isin(rows, part)
-        parts = np.arange(200), raw[rows], own.score_m[rows], own.way_md[rows]
+        parts = np.arange(200), raw[rows], own.score_cm[0, rows], own.way_md[rows]
         np.testing.assert_allclose(found.most[here], expected(*parts, 15)[among], atol=1e-3)
         np.testing.assert_allclose(found.fewer[here], expected(*parts, 4)[among], atol=1e-3)
         np.testing.assert_allclose(found.single[here], expected(*parts, 1)[among], atol=1e-3)
@@ -92,13 +112,13 @@ def test_kin_is_of_the_own_batch() -> None:
     assert (found.size == 4).all()
 
 
-def test_ways_are_those_from_the_mean_of_the_nearest() -> None:
+def test_the_mean_is_that_of_the_nearest() -> None:
     rng = np.random.default_rng(5)
-    reference, cells = rng.normal(size=(100, 3)).astype(np.float32), rng.normal(size=(7, 3)).astype(np.float32)
+    reference, cells = rng.normal(size=(100, 3)).astype(np.float32), rng.normal(size=(7, 3))
     near = np.argsort(((cells[:, None] - reference) ** 2).sum(axis=2), axis=1)[:, :30]
-    found = ways_from(reference, cells, near)
+    found = mean_around(reference, near)
     for cell in range(7):
-        np.testing.assert_allclose(found[cell], cells[cell] - reference[near[cell, :7]].mean(axis=0), atol=1e-6)
+        np.testing.assert_allclose(found[cell], reference[near[cell, :7]].mean(axis=0), atol=1e-6)
 
 
 def test_ways_are_in_standard_deviations_within_batches() -> None:
@@ -127,8 +147,8 @@ def test_a_common_way_tells_more_than_how_far_cells_are() -> None:
     way = rng.normal(size=(400, 20))
     way[:100] = rng.normal(scale=0.3, size=(100, 20)) + np.eye(20)[0] * 4
     way *= np.sqrt(20) / np.linalg.norm(way, axis=1, keepdims=True)
-    own = Evidence(rng.normal(size=400), whitened(way, np.eye(20)))
-    found = Pool.of_cells(np.arange(400), raw, own).scores(np.arange(400), raw, own)
+    own = evidence(rng.normal(size=400), whitened(way, np.eye(20)))
+    found = Pool.of_cells(np.arange(400), raw, own).scores(np.arange(400), raw, own)[0]
     assert found[4, :100].min() > found[4, 100:].max()
     assert np.median(found[0, :100]) < np.quantile(found[0, 100:], 0.8), "single cells do not tell it"
 
@@ -143,8 +163,8 @@ def test_a_type_of_any_size_stands_out_and_a_batch_as_a_whole_does_not(count: in
     way[:count] += 5
 
     def found(offset: float) -> np.ndarray:
-        own = Evidence(score + offset, whitened(way + offset, np.eye(4)))
-        return Pool.of_cells(np.arange(200), raw, own).scores(np.arange(200), raw, own)[4]
+        own = evidence(score + offset, whitened(way + offset, np.eye(4)))
+        return Pool.of_cells(np.arange(200), raw, own).scores(np.arange(200), raw, own)[0, 4]
 
     plain = found(0)
     assert plain[:count].mean() - plain[count:].mean() > 10
@@ -156,16 +176,16 @@ def test_a_batch_in_few_clusters_tells_nothing_of_a_batch() -> None:
     """A batch of one type is as far off as it is: neither its way nor its scores are what is usual."""
     rng = np.random.default_rng(11)
     raw, rows = rng.normal(size=(200, 6)), np.arange(200)
-    own = Evidence(rng.normal(size=200), whitened(rng.normal(size=(200, 4)) + 8, np.eye(4)))
-    usual = Usual(20.0, np.arange(5.0))
+    own = evidence(rng.normal(size=200), whitened(rng.normal(size=(200, 4)) + 8, np.eye(4)))
+    usual = Usual(20.0, np.stack([np.arange(5.0), np.zeros(5)]))
     none, half, whole, alone = (
-        Pool.of_cells(rows, raw, own, usual=usual, spread=spread).scores(rows, raw, own)
+        Pool.of_cells(rows, raw, own, usual=usual, spread=spread).scores(rows, raw, own)[0]
         for spread in (5.0, 7.5, 10.0, np.inf)
     )
     np.testing.assert_array_equal(whole, alone)
     np.testing.assert_array_equal(whole[0], none[0])
     kin = [np.argsort(-cosine_similarity(raw)[cell])[:15] for cell in rows]
-    mean = [own.score_m[near].mean() + np.log(15 * (own.way_md[near].mean(axis=0) ** 2).sum()) for near in kin]
+    mean = [own.score_cm[0, near].mean() + np.log(15 * (own.way_md[near].mean(axis=0) ** 2).sum()) for near in kin]
     np.testing.assert_allclose(none[4], np.array(mean) - 4.0, atol=1e-3)
     assert np.quantile(whole[4], 0.25) == pytest.approx(0, abs=0.05)
     assert np.median(whole[4]) < np.median(half[4]) < np.median(none[4])
@@ -240,7 +260,7 @@ def test_tiny_batches_do_not_decide_the_covariance() -> None:
 def test_held_out_cells_have_kin_in_their_batch(reference: Reference) -> None:
     frozen: Frozen = reference.frozen
     held_out = hold_out(frozen, MapConfig())
-    rows = held_out.rows
+    rows, (scores, _) = held_out.rows, held_out.with_kin(np.zeros(len(held_out.rows)))
     batch, raw = frozen.batch_n[rows], np.asarray(frozen.raw_na[rows])
     assert held_out.pool >= np.bincount(batch).max(), "all are in the pool, for this to be told"
     of_batch = [rows[batch == code] for code in np.unique(batch)]
@@ -250,10 +270,11 @@ def test_held_out_cells_have_kin_in_their_batch(reference: Reference) -> None:
     for code in np.unique(batch):
         mine = np.flatnonzero(batch == code)
         width = frozen.widths(held_out.indices[mine, :7], int(code))
-        alone = frozen.novelty(raw[mine], corrected[mine], held_out.distances[mine], width)
+        around = corrected[mine] - ways[mine]
+        alone = frozen.novelty(raw[mine], corrected[mine], around, held_out.distances[mine], width)
         parts = np.arange(len(mine)), raw[mine], alone, ways[mine] @ held_out.whitening
         for place, k in enumerate(SIZES):
-            np.testing.assert_allclose(held_out.scores[place, mine], expected(*parts, k), rtol=2e-3, atol=5e-3)
+            np.testing.assert_allclose(scores[0, place, mine], expected(*parts, k), rtol=2e-3, atol=5e-3)
 
 
 def test_two_calibrations_of_novelty_are_one_p_value() -> None:

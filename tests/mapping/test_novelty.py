@@ -38,12 +38,14 @@ def test_the_score_of_single_cells(reference: Reference) -> None:
     width = np.sort(own, axis=1)[:, frozen.config.graph.kernel_neighbor - 1][near]
     d, w = distances[:, :7].mean(axis=1), width[:, :7].mean(axis=1)
     score = NoveltyScore.of_cells(clusters, anchor)
-    found = score(raw, corrected, distances, frozen.widths(near))
-    np.testing.assert_allclose(found, far(raw) + far(corrected) + np.log(d**2 / w), rtol=1e-3, atol=2e-3)
-    copies = score(raw, corrected, distances, np.full_like(width, 1e-12))
-    np.testing.assert_allclose(copies, far(raw) + far(corrected) + np.log(100 * d), rtol=1e-6)
-    copy = score(raw, corrected, np.zeros_like(distances), width)
-    np.testing.assert_allclose(copy, far(raw) + far(corrected) + np.log(w / 100**2), rtol=1e-3, atol=2e-3)
+    around = anchor[near[:, :7]].mean(axis=1)
+    spread = far(raw) + far(corrected) - far(around)
+    found = score(raw, corrected, around, distances, frozen.widths(near))
+    np.testing.assert_allclose(found, spread + np.log(d**2 / w), rtol=1e-3, atol=2e-3)
+    copies = score(raw, corrected, around, distances, np.full_like(width, 1e-12))
+    np.testing.assert_allclose(copies, spread + np.log(100 * d), rtol=1e-6)
+    copy = score(raw, corrected, around, np.zeros_like(distances), width)
+    np.testing.assert_allclose(copy, spread + np.log(w / 100**2), rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize(

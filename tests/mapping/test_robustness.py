@@ -158,7 +158,7 @@ def test_thresholds_count_the_new_cell_in() -> None:
     """With 9 held-out cells, 90 % is the largest score; with 8 there is no such score and all labels are in."""
     for count, threshold in ((9, 0.1), (8, 0.0)):
         scores = np.linspace(0.1, 0.9, 9)[9 - count :]
-        fit = LabelCalibration(1.0, 0.01, scores, np.full(count, 1 / count))
+        fit = LabelCalibration(1.0, 0.01, scores, np.full(count, 1 / count), np.eye(2))
         assert fit.threshold(0.9) == pytest.approx(threshold)
 
 
@@ -171,10 +171,10 @@ def test_held_out_cells_have_no_neighbour_of_their_batch(reference: Reference) -
 
 def test_a_calibration_is_kept_as_it_is(tmp_path: Path) -> None:
     parts = [NoveltyCalibration(np.arange(3.0) + i, np.array([0.5, 0.3, 0.2])) for i in range(14)]
-    label = LabelCalibration(1.5, 0.02, np.arange(4.0), np.full(4, 0.25))
+    label = LabelCalibration(1.5, 0.02, np.arange(4.0), np.full(4, 0.25), np.array([[0.9, 0.1], [0.2, 0.8]]))
     novelty = KinCalibration(tuple(parts[:5]), tuple(parts[5:10]))
     unlabelled = KinCalibration(tuple(parts[10:12]), tuple(parts[12:]))
-    usual = Usual(7.5, np.arange(5.0))
+    usual = Usual(7.5, np.arange(10.0).reshape(2, 5))
     Calibration(novelty, unlabelled, (label,), np.arange(9.0).reshape(3, 3), usual, 123).save(tmp_path / "c.npz")
     again = Calibration.load(tmp_path / "c.npz")
     found = [*again.novelty.sizes, *again.novelty.both, *again.unlabelled.sizes, *again.unlabelled.both]
@@ -183,7 +183,8 @@ def test_a_calibration_is_kept_as_it_is(tmp_path: Path) -> None:
         np.testing.assert_array_equal(one.weight_s, other.weight_s)
     assert again.most == 1
     assert again.usual.spread == 7.5
-    np.testing.assert_array_equal(again.usual.score_z, np.arange(5.0))
+    np.testing.assert_array_equal(again.usual.score_cz, usual.score_cz)
+    np.testing.assert_array_equal(again.labels[0].usual_ll, label.usual_ll)
     assert again.pool == 123
     np.testing.assert_array_equal(again.whitening_dd, np.arange(9.0).reshape(3, 3))
     assert (again.labels[0].temperature, again.labels[0].floor) == (1.5, 0.02)

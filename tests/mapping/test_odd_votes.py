@@ -1,0 +1,141 @@
+"""What votes say of how novel a cell is, against Kullback-Leibler divergences and means of single cells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+from scipy.stats import entropy
+
+from schelix_scale import Reference
+from schelix_scale.mapping.calibration import calibrate
+from schelix_scale.mapping.held_out import hold_out
+from schelix_scale.mapping.kin import KinScores
+from schelix_scale.mapping.odd_votes import odd_elsewhere, odd_votes, oddest
+from schelix_scale.mapping.settings import MapConfig
+from schelix_scale.transfer import LabelCalibration, usual_votes, vote
+from tests.mapping.conftest import Atlas
+
+
+def fitted(usual: np.ndarray) -> LabelCalibration:
+    return LabelCalibration(1.0, 0.01, np.zeros(1), np.ones(1), usual)
+
+
+def made_up(seed: int, n: int = 300) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Votes of cells of four types, two of which are often mixed; their types, and batches."""
+    rng = np.random.default_rng(seed)
+    true = rng.integers(0, 4, n)
+    sure = np.eye(4) * 20 + 0.05
+    sure[0, 1], sure[1, 0] = 20, 20
+    return np.stack([rng.dirichlet(sure[code]) for code in true]), true, rng.integers(0, 3, n)
+
+
+def test_what_is_usual_is_the_mean_of_the_cells_of_a_label() -> None:
+    votes, true, batch = made_up(0)
+    weight = np.where(batch == 0, 2.0, 0.5)
+    share = weight / weight.sum() * 300
+    for label, found in enumerate(usual_votes(votes, true, weight)):
+        mine = true == label
+        mean = (votes[mine].T @ share[mine] + np.eye(4)[label]) / (share[mine].sum() + 1)
+        np.testing.assert_allclose(found, 0.99 * mean + 0.01 / 4)
+    none = usual_votes(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
+    np.testing.assert_allclose(none, 0.99 * np.eye(4) + 0.01 / 4)
+
+
+def test_votes_are_odd_between_types_that_are_hardly_mixed() -> None:
+    votes, true, _ = made_up(1)
+    usual = usual_votes(votes, true, np.ones(300))
+    found = fitted(usual).oddness(votes)
+    for cell in range(0, 300, 17):  # KL divergence, and the entropies that its cross entropy has beside it
+        of_label = [entropy(votes[cell], row) + entropy(votes[cell]) - entropy(row) for row in usual]
+        assert found[cell] == pytest.approx(min(of_label), abs=1e-9)
+    mixed, between = fitted(usual).oddness(np.array([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]))
+    assert mixed < 0.2
+    assert between > 1
+
+
+def test_a_batch_has_no_part_in_what_is_usual_for_its_own_cells() -> None:
+    votes, true, batch = made_up(2)
+    votes[batch == 2] = np.roll(votes[batch == 2], 2, axis=1)
+    near, chosen = np.zeros((300, 3), int), np.flatnonzero(true != 3)
+    near[::9] = -1
+    found = odd_elsewhere(fitted(np.eye(4)), votes, near, true, batch, chosen)
+    for code in range(3):
+        others = chosen[batch[chosen] != code]
+        weight = 1 / np.maximum(np.bincount(batch[others])[batch[others]], 100)
+        expected = fitted(usual_votes(votes[others], true[others], weight)).oddness(votes)
+        np.testing.assert_allclose(found[batch == code], np.where(near[:, 0] < 0, 0, expected)[batch == code])
+    assert found[batch == 2].mean() > found[batch != 2].mean() + 0.9
+
+
+def test_labels_say_nothing_where_there_are_none() -> None:
+    fit = fitted(usual_votes(np.eye(2), np.arange(2), np.ones(2)))
+    votes, code = np.full((2, 2), 0.5), np.array([[-1, -1], [-1, 0]])
+    np.testing.assert_array_equal(odd_votes(fit, votes, code) > 0, [False, True])
+    np.testing.assert_array_equal(oddest([np.array([1.0, -3.0]), np.array([0.5, -2.0])], 2), [1.0, -2.0])
+    np.testing.assert_array_equal(oddest([], 2), [0.0, 0.0])
+
+
+def between_types(atlas: Atlas) -> anndata.AnnData:
+    """Twelve cells of the new batch, and six of an unseen type: half of each gene's counts are of one of two types."""
+    known, rng = atlas.known, np.random.default_rng(5)
+    counts, types = known.X.toarray(), known.obs["cell_type"].to_numpy()
+    one, other = (counts[types == name][:6].astype(int) for name in ("type0", "type1"))
+    mixed = rng.binomial(one, 0.5) + rng.binomial(other, 0.5)
+    some = np.linspace(0, len(counts) - 1, 12).astype(int)
+    obs = pd.concat([known.obs.iloc[some], known.obs.iloc[:6].assign(cell_type="between")])
+    obs.index = [f"c{i}" for i in range(len(obs))]
+    return anndata.AnnData(sparse.csr_matrix(np.r_[counts[some], mixed].astype(np.float32)), obs=obs, var=known.var)
+
+
+def test_labels_tell_of_a_type_between_two(reference: Reference, atlas: Atlas, tmp_path: Path) -> None:
+    """By how much scores of cells without kin are higher, and that nothing else is another: 3 times the odder votes."""
+    query, keys = between_types(atlas), ("side", "cell_type")
+    alone = reference.map(query, batch_key="batch", out=tmp_path / "alone")
+    told = reference.map(query, batch_key="batch", label_key=keys, out=tmp_path / "told")
+    indices, distances = (np.load(tmp_path / "told" / "neighbors" / f"{name}.npy") for name in ("indices", "distances"))
+    columns = reference.frozen.labels(keys)
+    calibration = calibrate(reference.frozen, columns, MapConfig())
+    odd = [
+        fit.oddness(vote(distances, column.code_n[indices], len(column.names)))
+        for column, fit in zip(columns, calibration.labels, strict=True)
+    ]
+    more = (told.obs["schelix_novelty"] - alone.obs["schelix_novelty"]).to_numpy()
+    np.testing.assert_allclose(more, 3 * np.maximum(*odd), atol=1e-4)
+    new = (query.obs["cell_type"] == "between").to_numpy()
+    assert more[new].max() > 0.5 > more[~new].max(), "neighbours of both types are no label's usual ones"
+    score = told.obs["schelix_novelty"].to_numpy()
+    p = calibration.novelty.p_values(KinScores(score, score, score, score, np.zeros(len(score), int)))
+    np.testing.assert_allclose(told.obs["schelix_novelty_p"], p, atol=1e-6)
+    np.testing.assert_array_equal(alone.embedding, told.embedding, "a latent does not depend on labels")
+
+
+def test_held_out_cells_tell_what_labels_say(reference: Reference) -> None:
+    held_out = hold_out(reference.frozen, MapConfig())
+    odd = np.random.default_rng(0).exponential(size=len(held_out.rows))
+    (without, told), usual = held_out.with_kin(odd)
+    np.testing.assert_allclose(told[0] - without[0], 3 * odd)
+    np.testing.assert_array_equal(without, held_out.with_kin(odd * 0)[0][1])
+    assert (usual.score_cz[1, 1:] > usual.score_cz[0, 1:]).all()
+
+
+def test_novelty_is_calibrated_on_held_out_cells_and_their_votes(reference: Reference) -> None:
+    frozen, rng = reference.frozen, np.random.default_rng(6)
+    columns, held_out, said = frozen.labels(("side", "cell_type")), hold_out(frozen, MapConfig()), []
+    for column in columns:  # a tenth of the labels are wrong, so that votes are mixed
+        wrong = rng.random(len(column.code_n)) < 0.1
+        column.code_n[wrong] = rng.integers(0, len(column.names), wrong.sum())
+    found = calibrate(frozen, columns, MapConfig())
+    for column, fit in zip(columns, found.labels, strict=True):
+        near, true = column.code_n[held_out.indices], column.code_n[held_out.rows]
+        votes = vote(held_out.distances, near, len(column.names))
+        said.append(odd_elsewhere(fit, votes, near, true, held_out.batch, np.arange(len(true))))
+    (without, told), _ = held_out.with_kin(np.maximum(*said))
+    for calibration, scores in ((found.unlabelled, without), (found.novelty, told)):
+        for part, of_size in zip(calibration.sizes, scores, strict=True):
+            np.testing.assert_allclose(part.scores_s, np.sort(of_size), atol=1e-9)
+    assert np.abs(told - without).max() > 0.5
