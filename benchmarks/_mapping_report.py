@@ -19,6 +19,7 @@ COLUMNS = {
     "coverage": "coverage",
     "set_size": "set size",
     "auroc": "AUROC",
+    "novel_above": "unseen above 99 % of seen",
     "unknown_novel": "unseen flagged",
     "unknown_others": "seen flagged",
     "overlap": "overlap",

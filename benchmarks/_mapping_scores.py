@@ -41,6 +41,14 @@ def novelty_auroc(answer: Mapping[str, np.ndarray], novel: np.ndarray) -> float:
     return float(roc_auc_score(novel, answer["novelty"]))
 
 
+def novel_above(answer: Mapping[str, np.ndarray], novel: np.ndarray, share: float = 0.01) -> float:
+    """How many cells of types that the reference lacks score above all but this share of the others.
+
+    The threshold is taken with the truth, so that all scores are compared at the same share of false alarms.
+    """
+    return float((answer["novelty"][novel] > np.quantile(answer["novelty"][~novel], 1 - share)).mean())
+
+
 def flagged_shares(answer: Mapping[str, np.ndarray], novel: np.ndarray) -> dict[str, float]:
     """How many cells of types that the reference lacks are called ``unknown``, and of others; of methods that do."""
     if "flagged" not in answer:

@@ -33,7 +33,7 @@ from _machine import ROOT, circumstances, threads, versions_of
 from _mapping_folds import Fold, folds, read_obs, write_fold
 from _mapping_methods import METHODS, Job, joint_job
 from _mapping_report import Row, read_rows, table, update_readme, write_rows
-from _mapping_scores import flagged_shares, label_scores, novelty_auroc, overlap
+from _mapping_scores import flagged_shares, label_scores, novel_above, novelty_auroc, overlap
 
 HERE = ROOT / "benchmarks"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}  # numba sets the threads of OpenMP, and so of torch
@@ -158,6 +158,7 @@ def run_fold(
         if fold.lacking is not None:
             novel = ~np.isin(truth, labels[fold.reference])  # beside the type that was taken out there can be others
             row |= {"lacking": fold.lacking, "auroc": novelty_auroc(answer, novel), **flagged_shares(answer, novel)}
+            row["novel_above"] = novel_above(answer, novel)
             continue
         row |= label_scores(answer, truth, np.isin(truth, labels[fold.reference]))
         row |= {key: float(answer[key]) for key in ("map_seconds", "seconds", "peak_mb")}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from _mapping_folds import folds, write_fold
 from _mapping_report import BEGIN, END, read_rows, table, update_readme, write_rows
-from _mapping_scores import flagged_shares, label_scores, novelty_auroc, overlap
+from _mapping_scores import flagged_shares, label_scores, novel_above, novelty_auroc, overlap
 from mapping import main
 
 from tests.benchmarks.data import made_up
@@ -53,6 +53,13 @@ def test_scores_by_hand() -> None:
     answer["flagged"] = np.array([True, False, False, True, True])
     novel = np.array([True, True, False, False, False])
     assert flagged_shares(answer, novel) == {"unknown_novel": 0.5, "unknown_others": pytest.approx(2 / 3)}
+
+
+def test_unseen_types_are_compared_at_the_same_share_of_false_alarms() -> None:
+    novel = np.repeat([True, False], [4, 200])
+    answer = {"novelty": np.r_[197.5, 198.5, 50, 500, np.arange(200)]}
+    assert novel_above(answer, novel) == 0.5, "two of the others, one in a hundred, are above"
+    assert novel_above(answer, novel, 0.02) == 0.75
 
 
 def test_overlap_is_one_for_the_same_positions_and_chance_for_others() -> None:
