@@ -57,7 +57,7 @@ def test_scores_by_hand() -> None:
 
 def test_unseen_types_are_compared_at_the_same_share_of_false_alarms() -> None:
     novel = np.repeat([True, False], [4, 200])
-    answer = {"novelty": np.r_[197.5, 198.5, 50, 500, np.arange(200)]}
+    answer = {"novelty": np.r_[196.5, 198.5, 50, 500, np.arange(200)]}
     assert novel_above(answer, novel) == 0.5, "two of the others, one in a hundred, are above"
     assert novel_above(answer, novel, 0.02) == 0.75
 
