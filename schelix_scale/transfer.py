@@ -127,9 +127,16 @@ class LabelCalibration:
 
     @classmethod
     def fit(
-        cls, votes_sl: np.ndarray, true_s: np.ndarray, weight_s: np.ndarray, batch_s: np.ndarray | None = None
+        cls,
+        votes_sl: np.ndarray,
+        true_s: np.ndarray,
+        weight_s: np.ndarray,
+        batch_s: np.ndarray | None = None,
+        else_ll: np.ndarray | None = None,
     ) -> LabelCalibration:
         """Fit on held-out cells: votes (s, l), true labels (s,), weights (s,) and, if there are several, batches (s,).
+
+        ``else_ll`` are votes of a label's cells where hardly any was held out, see `usual_votes`.
 
         What is least is the mean of the batches' negative log likelihood and its standard deviation between batches,
         together: the next batch may be one of the harder ones.
@@ -154,7 +161,8 @@ class LabelCalibration:
         floor, temperature = (float(value) for value in np.exp(found.x))
         scores = 1 - sharpen(votes_sl, temperature, floor)[rows, true_s]
         order = np.argsort(scores, kind="stable")
-        return cls(temperature, floor, scores[order], weight_s[order], usual_votes(votes_sl, true_s, weight_s))
+        usual = usual_votes(votes_sl, true_s, weight_s, else_ll)
+        return cls(temperature, floor, scores[order], weight_s[order], usual)
 
     def probabilities(self, votes_ml: np.ndarray) -> np.ndarray:
         """Calibrated probabilities (m, l), rows sum to 1."""
@@ -165,11 +173,11 @@ class LabelCalibration:
 
         The cross entropy of a cell's votes and a label's usual ones, less the entropy of these, for the label for which
         it is least. Cells of some types often have neighbours of another; between two that are hardly ever mixed are
-        cells of a type that has no label.
+        cells of a type that has no label. What any label's cells often have is not odd, so that a label whose cells lie
+        among several others hides what is between these.
         """
-        usual = np.log(self.usual_ll)
-        mixed_l = (self.usual_ll * usual).sum(axis=1)
-        return np.asarray((mixed_l - votes_ml @ usual.T).min(axis=1))
+        log_ll = np.log(self.usual_ll)
+        return np.asarray(((self.usual_ll * log_ll).sum(axis=1) - votes_ml @ log_ll.T).min(axis=1))
 
     def threshold(self, coverage: float) -> float:
         """Least probability of the labels of a set, such that sets of held-out cells have the true one so often.
@@ -190,14 +198,17 @@ class LabelCalibration:
         return np.asarray(chosen)
 
 
-def usual_votes(votes_sl: np.ndarray, true_s: np.ndarray, weight_s: np.ndarray) -> np.ndarray:
-    """Mean votes (l, l) of cells of each label, one cell more counted in that votes for its label alone.
+def usual_votes(
+    votes_sl: np.ndarray, true_s: np.ndarray, weight_s: np.ndarray, else_ll: np.ndarray | None = None
+) -> np.ndarray:
+    """Mean votes (l, l) of cells of each label, one cell more counted in, that has those of ``else_ll``.
 
-    No label has a share of less than .01 / l: that two were not mixed in these cells does not say that they never are.
+    Without these it votes for its label alone. No label has a share of less than .01 / l: that two were not mixed in
+    these cells does not say that they never are.
     """
     n_labels = votes_sl.shape[1]
     weight_s = weight_s / max(weight_s.sum(), TINY) * len(weight_s)
-    sum_ll = np.eye(n_labels)
+    sum_ll = np.eye(n_labels) if else_ll is None else else_ll.copy()
     np.add.at(sum_ll, true_s, votes_sl * weight_s[:, None])
     mean_ll = sum_ll / sum_ll.sum(axis=1, keepdims=True)
     return np.asarray((1 - HARDLY) * mean_ll + HARDLY / n_labels)

@@ -13,7 +13,7 @@ from schelix_scale.errors import DataError
 from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.mapping.held_out import hold_out
 from schelix_scale.mapping.kin import SIZES, KinScores, Usual, less
-from schelix_scale.mapping.odd_votes import ENOUGH, odd_elsewhere, oddest
+from schelix_scale.mapping.odd_votes import ENOUGH, odd_elsewhere, oddest, votes_within
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.transfer import (
@@ -120,7 +120,7 @@ class Calibration:
     Attributes
     ----------
     novelty, unlabelled
-        Of held-out cells whose labels other batches have too, and of all held-out cells.
+        Of held-out cells whose labels other batches have too, with what votes say; and of all held-out cells, without.
     labels
         One a column.
     whitening_dd
@@ -139,9 +139,9 @@ class Calibration:
     pool: int
 
     @property
-    def most(self) -> int:
-        """Which of `kin.SIZES` is the largest that is calibrated."""
-        return min(len(self.novelty.sizes), len(self.unlabelled.sizes)) - 1
+    def most(self) -> tuple[int, int]:
+        """Which of `kin.SIZES` are the largest that are calibrated, without and with what labels say."""
+        return len(self.unlabelled.sizes) - 1, len(self.novelty.sizes) - 1
 
     def save(self, path: Path) -> None:
         """Write all arrays to an .npz file."""
@@ -211,16 +211,19 @@ def calibrate(
         count_s = _elsewhere(column.code_n, frozen.batch_n, true_s, batch_s)
         labelled_s = true_s != NOT_LABELLED
         elsewhere_s[labelled_s] = np.minimum(elsewhere_s, count_s)[labelled_s]
-        chosen = np.flatnonzero((count_s > 0) & labelled_s)
+        near = column.code_n[held_out.indices]
+        voted_s = (near != NOT_LABELLED).any(axis=1)  # others have no label, and no part in how sure labels are
+        chosen = np.flatnonzero((count_s > 0) & labelled_s & voted_s)
         if len(chosen) < LEAST:
             raise DataError(
                 f"label_key {column.key!r}: {len(chosen)} held-out cells of the reference have a label that another "
-                f"batch has too; {LEAST} are needed to calibrate it. Labels that are batches cannot be transferred."
+                f"batch has too, and a labelled cell near; {LEAST} are needed to calibrate it. Labels that are batches "
+                "cannot be transferred."
             )
-        near = column.code_n[held_out.indices]
         votes, batch = vote(held_out.distances, near, len(column.names)), batch_s[chosen]
-        fit = LabelCalibration.fit(votes[chosen], true_s[chosen], batch_weights(batch, ENOUGH), batch)
-        said.append(odd_elsewhere(fit, votes, near, true_s, batch_s, chosen))
+        within = votes_within(frozen, column)
+        fit = LabelCalibration.fit(votes[chosen], true_s[chosen], batch_weights(batch, ENOUGH), batch, within)
+        said.append(odd_elsewhere(fit, votes, near, true_s, batch_s, chosen, within))
         fitted.append(fit)
     seen_s = _not_novel(elsewhere_s, batch_s, min(frozen.config.graph.k, VOTERS) // 2)
     (without, with_labels), usual = held_out.with_kin(oddest(said, len(batch_s)))

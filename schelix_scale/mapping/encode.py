@@ -28,7 +28,7 @@ from schelix_scale.mapping.diffusion import query_weights
 from schelix_scale.mapping.evidence import Evidence, mean_around, whitened
 from schelix_scale.mapping.kin import KinScores, Pool, spread_of
 from schelix_scale.mapping.novelty import NEIGHBORS
-from schelix_scale.mapping.odd_votes import odd_votes, oddest
+from schelix_scale.mapping.odd_votes import oddest_votes
 from schelix_scale.mapping.query import (
     BLOCK,
     CORRECTED,
@@ -196,9 +196,9 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
                 moved = None if moves is None else [np.asarray(part[rows]) for part in moves]
                 own = [np.asarray(part[rows]) for part in features]
                 width = frozen.widths(near)
-                votes = [vote(far, column.code_n[near], len(column.names)) for column in labels]
-                signs = evidence(frozen, labels, calibration, raw[rows], own[0], near, far, width, votes)
-                score = KinScores.of_cells(pools, query.batches.codes[rows], np.arange(*span), raw[rows], signs)
+                signs = evidence(frozen, labels, calibration, raw[rows], own[0], near, far, width)
+                batch = query.batches.codes[rows]
+                score = KinScores.of_cells(pools, batch, np.arange(*span), raw[rows], signs, calibration.most)
                 got = encode_cells(frozen, score, own, moved, near, far, width, calibration, settings.novelty)
                 for key, latent in got.latents.items():
                     arrays[key][rows] = latent
@@ -207,8 +207,8 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
                 for name, values in zip(found, (score[1].plain, p_value, got.distance), strict=True):
                     found[name][rows] = values
                 novel = p_value <= settings.novelty
-                for column, fit, share in zip(columns, calibration.labels, votes, strict=True):
-                    sharp = fit.probabilities(share)
+                for column, fit in zip(columns, calibration.labels, strict=True):
+                    sharp = fit.probabilities(vote(far, column.labels.code_n[near], len(column.labels.names)))
                     voted = seen & (column.labels.code_n[near] != NOT_LABELLED).any(axis=1)
                     column.fill(span[0], sharp, fit.sets(sharp, settings.coverage), novel, voted)
                 return span[1] - span[0]
@@ -236,11 +236,9 @@ def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration)
         rows = np.flatnonzero((codes == code) & measured)
         rows = np.sort(rows[np.argsort(order[rows], kind="stable")[: calibration.pool]])
         parts = raw[rows], corrected[rows], indices[rows], distances[rows]
-        votes = [vote(parts[3], column.code_n[parts[2]], len(column.names)) for column in labels]
-        width = query.frozen.widths(parts[2][:, :NEIGHBORS])
-        own = evidence(query.frozen, labels, calibration, *parts, width, votes)
+        own = evidence(query.frozen, labels, calibration, *parts, query.frozen.widths(parts[2][:, :NEIGHBORS]))
         spread = spread_of(query.frozen.clusters.weights(parts[1]))
-        pools[code] = Pool.of_cells(rows, parts[0], own, calibration.most, calibration.usual, spread)
+        pools[code] = Pool.of_cells(rows, parts[0], own, max(calibration.most), calibration.usual, spread)
         return len(rows)
 
     run_tasks(find, range(len(pools)), query.threads)
@@ -256,11 +254,9 @@ def evidence(
     indices_mk: np.ndarray,
     distances_mk: np.ndarray,
     width_mk: np.ndarray,
-    votes: Sequence[np.ndarray],
 ) -> Evidence:
-    """Return what tells how novel cells are: of their neighbours the first 7 count, and what votes say of labels."""
-    fits = zip(labels, calibration.labels, votes, strict=True)
-    odd = oddest([odd_votes(fit, share, column.code_n[indices_mk]) for column, fit, share in fits], len(indices_mk))
+    """Return what tells how novel cells are: of their neighbours the first 7 count, and the labels of more."""
+    odd = oddest_votes(labels, calibration.labels, indices_mk, distances_mk)
     around = mean_around(frozen.anchor_na, indices_mk)
     score = frozen.novelty(np.asarray(raw_ma), corrected_ma, around, distances_mk, width_mk)
     return Evidence.of_cells(score, odd, whitened(corrected_ma - around, calibration.whitening_dd))

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-AROUND = 7  # nearest reference cells, from whose mean a cell is away: more are not of its type where it has few
+from schelix_scale.mapping.novelty import NEIGHBORS
+
 STEPS, FARTHEST = 2.0**12, 1_000.0  # in one standard deviation: sums of such numbers are exact in any order
 FEW, ENOUGH = 10, 100  # cells of a batch from which on it says something of the next, and all that a batch can say
 SHRUNK = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
@@ -37,7 +38,7 @@ class Evidence:
 
     @classmethod
     def of_cells(cls, score_m: np.ndarray, odd_m: np.ndarray, way_md: np.ndarray) -> Evidence:
-        """Put together scores, what `transfer.LabelCalibration.oddness` says of votes, and ways."""
+        """Put together scores, how odd votes are (see `odd_votes.oddest`; finite), and ways."""
         return cls(np.stack([score_m, score_m + ODD * odd_m]), way_md)
 
     def __getitem__(self, chosen: np.ndarray | slice) -> Evidence:
@@ -58,7 +59,7 @@ def mean_around(anchor_na: np.ndarray, indices_mk: np.ndarray) -> np.ndarray:
     out = np.empty((len(indices_mk), anchor_na.shape[1]))
     for start in range(0, len(out), BLOCK):
         rows = slice(start, start + BLOCK)
-        near = np.asarray(indices_mk[rows, :AROUND])
+        near = np.asarray(indices_mk[rows, :NEIGHBORS])
         around = np.take(anchor_na, near.ravel(), axis=0).reshape(*near.shape, -1)
         out[rows] = around.mean(axis=1, dtype=np.float64)
     return out

@@ -67,7 +67,7 @@ class HeldOut:
         Parameters
         ----------
         odd_s
-            What `transfer.LabelCalibration.oddness` says of the cells' votes.
+            How odd the cells' votes are, see `odd_votes.oddest`.
         """
         rows, raw, own = self.rows, self.raw, Evidence.of_cells(self.score, odd_s, self.way)
         usual = _usual([Pool.of_cells(rows[kin], raw[kin], own[kin]) for kin in self.kin_of], self.spread_of)

@@ -180,21 +180,29 @@ class KinScores:
 
     @classmethod
     def of_cells(
-        cls, pools: Sequence[Pool], batch_m: np.ndarray, rows: np.ndarray, raw_md: np.ndarray, own: Evidence
+        cls,
+        pools: Sequence[Pool],
+        batch_m: np.ndarray,
+        rows: np.ndarray,
+        raw_md: np.ndarray,
+        own: Evidence,
+        at_most: tuple[int, int] = (len(SIZES) - 1, len(SIZES) - 1),
     ) -> tuple[KinScores, KinScores]:
         """Score cells of several batches, each among the pool that has the number of its batch.
 
-        The first are without what labels say, the second with it.
+        The first are without what labels say, the second with it, each with no larger size than ``at_most``.
         """
         single, plain, most, fewer = np.empty((4, 2, len(rows)))
-        size = np.empty(len(rows), np.int64)
+        size = np.empty((2, len(rows)), np.int64)
         for batch in np.unique(batch_m):
             mine, pool = np.flatnonzero(batch_m == batch), pools[batch]
             found = pool.scores(rows[mine], raw_md[mine], own[mine])
-            most[:, mine], fewer[:, mine], size[mine] = found[:, -1], found[:, less(pool.size)], pool.size
             single[:, mine] = found[:, 0]
-            plain[:, mine] = found[:, -1] + pool.usual_cz[:, -1:]
-        without, with_labels = (cls(single[c], plain[c], most[c], fewer[c], size) for c in (0, 1))
+            for c, largest in enumerate(at_most):
+                place = min(pool.size, largest)
+                size[c, mine], most[c, mine], fewer[c, mine] = place, found[c, place], found[c, less(place)]
+                plain[c, mine] = found[c, place] + pool.usual_cz[c, place]
+        without, with_labels = (cls(single[c], plain[c], most[c], fewer[c], size[c]) for c in (0, 1))
         return without, with_labels
 
 

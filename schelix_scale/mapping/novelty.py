@@ -8,7 +8,7 @@ import numpy as np
 
 from schelix_scale.mapping.correction import Clusters
 
-NEIGHBORS = 7
+NEIGHBORS = 7  # that count: more are not of a cell's type where it has few
 FARTHER = 100.0  # than its neighbours are from theirs, or nearer, a cell is at most: either can be copies of one cell
 BLOCK = 4_096
 
@@ -58,7 +58,7 @@ class NoveltyScore:
         raw_md, corrected_md
             (m, d) Anchor components before and after the batch's correction.
         around_md
-            (m, d) the mean of those of the neighbours.
+            (m, d) the mean of those, corrected, of the 7 nearest neighbours.
         distances_mk, width_mk
             (m, k) distances to the neighbours, nearest first, and the neighbours' kernel widths.
         """

@@ -121,6 +121,20 @@ def test_the_mean_is_that_of_the_nearest() -> None:
         np.testing.assert_allclose(found[cell], reference[near[cell, :7]].mean(axis=0), atol=1e-6)
 
 
+def test_how_many_kin_labels_calibrate_is_no_matter_without_them() -> None:
+    raw, plain = made_up(1, 200)
+    own = Evidence.of_cells(plain.score_cm[0], np.arange(200) / 100, plain.way_md)
+    rows, batch = np.arange(200), np.zeros(200, int)
+    whole, small = (Pool.of_cells(rows, raw, own, most) for most in (4, 1))
+    both = KinScores.of_cells([whole], batch, rows, raw, own)
+    found = KinScores.of_cells([whole], batch, rows, raw, own, (4, 1))
+    few = KinScores.of_cells([small], batch, rows, raw, own)
+    for one, other in ((found[0], both[0]), (found[1], few[1])):
+        for name in ("single", "plain", "most", "fewer", "size"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    assert (found[0].size[0], found[1].size[0]) == (4, 1)
+
+
 def test_ways_are_in_standard_deviations_within_batches() -> None:
     rng = np.random.default_rng(6)
     batch = np.repeat(np.arange(4), 5_000)

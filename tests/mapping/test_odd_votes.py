@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
@@ -10,14 +11,15 @@ import pandas as pd
 import pytest
 from scipy import sparse
 from scipy.stats import entropy
+from sklearn.metrics.pairwise import cosine_distances
 
 from schelix_scale import Reference
-from schelix_scale.mapping.calibration import calibrate
+from schelix_scale.mapping.calibration import LEAST, calibrate
 from schelix_scale.mapping.held_out import hold_out
 from schelix_scale.mapping.kin import KinScores
-from schelix_scale.mapping.odd_votes import odd_elsewhere, odd_votes, oddest
+from schelix_scale.mapping.odd_votes import odd_elsewhere, odd_votes, oddest, votes_within
 from schelix_scale.mapping.settings import MapConfig
-from schelix_scale.transfer import LabelCalibration, usual_votes, vote
+from schelix_scale.transfer import LabelCalibration, Labels, usual_votes, vote
 from tests.mapping.conftest import Atlas
 
 
@@ -42,8 +44,10 @@ def test_what_is_usual_is_the_mean_of_the_cells_of_a_label() -> None:
         mine = true == label
         mean = (votes[mine].T @ share[mine] + np.eye(4)[label]) / (share[mine].sum() + 1)
         np.testing.assert_allclose(found, 0.99 * mean + 0.01 / 4)
-    none = usual_votes(np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
-    np.testing.assert_allclose(none, 0.99 * np.eye(4) + 0.01 / 4)
+    none = np.zeros((0, 4)), np.zeros(0, int), np.zeros(0)
+    np.testing.assert_allclose(usual_votes(*none), 0.99 * np.eye(4) + 0.01 / 4)
+    others = np.roll(np.eye(4), 1, axis=1)
+    np.testing.assert_allclose(usual_votes(*none, others), 0.99 * others + 0.01 / 4)
 
 
 def test_votes_are_odd_between_types_that_are_hardly_mixed() -> None:
@@ -58,6 +62,28 @@ def test_votes_are_odd_between_types_that_are_hardly_mixed() -> None:
     assert between > 1
 
 
+def test_a_type_that_one_batch_alone_has_votes_as_it_does_there(reference: Reference) -> None:
+    """No cell of it can be held out, and mixtures that are usual in its batch are not odd."""
+    frozen, rng = reference.frozen, np.random.default_rng(8)
+    (column,) = frozen.labels(("cell_type",))
+    code = np.where(rng.random(len(column.code_n)) < 0.3, (column.code_n + 1) % 4, column.code_n).astype(np.int32)
+    code[frozen.batch_n == 1] += 4  # labels of its own
+    code[rng.random(len(code)) < 0.1] = -1
+    private = Labels("type", tuple("abcdefgh"), code)
+    anchor = np.asarray(frozen.anchor_na, np.float64)
+    between = cosine_distances(anchor)
+    np.fill_diagonal(between, np.inf)
+    near = np.argsort(between, axis=1)[:, : frozen.config.graph.k]
+    votes = vote(np.take_along_axis(between, near, axis=1), code[near], 8)
+    expected = np.stack([votes[code == label].mean(axis=0) for label in range(8)])
+    np.testing.assert_allclose(votes_within(frozen, private), expected, atol=2e-3)
+    usual = calibrate(frozen, [private], MapConfig()).labels[0].usual_ll
+    np.testing.assert_allclose(usual[4:], 0.99 * expected[4:] + 0.01 / 8, atol=2e-3)
+    assert np.diag(expected).max() < 0.9
+    none = Labels("type", ("a", "b"), np.where(np.arange(len(code)) == 0, 0, -1).astype(np.int32))
+    np.testing.assert_array_equal(votes_within(frozen, none), np.eye(2))
+
+
 def test_a_batch_has_no_part_in_what_is_usual_for_its_own_cells() -> None:
     votes, true, batch = made_up(2)
     votes[batch == 2] = np.roll(votes[batch == 2], 2, axis=1)
@@ -68,16 +94,33 @@ def test_a_batch_has_no_part_in_what_is_usual_for_its_own_cells() -> None:
         others = chosen[batch[chosen] != code]
         weight = 1 / np.maximum(np.bincount(batch[others])[batch[others]], 100)
         expected = fitted(usual_votes(votes[others], true[others], weight)).oddness(votes)
-        np.testing.assert_allclose(found[batch == code], np.where(near[:, 0] < 0, 0, expected)[batch == code])
-    assert found[batch == 2].mean() > found[batch != 2].mean() + 0.9
+        np.testing.assert_allclose(found[batch == code], np.where(near[:, 0] < 0, -np.inf, expected)[batch == code])
+    told = near[:, 0] >= 0
+    assert found[(batch == 2) & told].mean() > found[(batch != 2) & told].mean() + 0.6
 
 
 def test_labels_say_nothing_where_there_are_none() -> None:
     fit = fitted(usual_votes(np.eye(2), np.arange(2), np.ones(2)))
     votes, code = np.full((2, 2), 0.5), np.array([[-1, -1], [-1, 0]])
-    np.testing.assert_array_equal(odd_votes(fit, votes, code) > 0, [False, True])
-    np.testing.assert_array_equal(oddest([np.array([1.0, -3.0]), np.array([0.5, -2.0])], 2), [1.0, -2.0])
+    found = odd_votes(fit, votes, code)
+    assert found[0] == -np.inf
+    assert found[1] > 0
+    said = np.array([1.0, -3.0, -np.inf]), np.array([0.5, -np.inf, -np.inf])
+    np.testing.assert_array_equal(oddest(said, 3), [1.0, -3.0, 0.0])
     np.testing.assert_array_equal(oddest([], 2), [0.0, 0.0])
+
+
+def test_cells_without_a_labelled_neighbour_say_nothing_of_what_is_usual(reference: Reference) -> None:
+    """In a reference in which one cell in ten has a label, votes of these are as sure as where all have one."""
+    (column,) = reference.frozen.labels(("cell_type",))
+    hidden = np.random.default_rng(7).random(len(column.code_n)) > 0.1
+    held_out = hold_out(reference.frozen, MapConfig())
+    few = replace(column, code_n=np.where(hidden, -1, column.code_n).astype(np.int32))
+    assert (few.code_n[held_out.indices] < 0).all(axis=1).mean() > 0.08, "many have no labelled neighbour"
+    fits = [calibrate(reference.frozen, [one], MapConfig()).labels[0] for one in (column, few)]
+    for fit in fits:
+        assert (np.diag(fit.usual_ll) > 0.9).all()
+    assert LEAST <= len(fits[1].scores_s) < (~hidden).sum()
 
 
 def between_types(atlas: Atlas) -> anndata.AnnData:
@@ -133,7 +176,8 @@ def test_novelty_is_calibrated_on_held_out_cells_and_their_votes(reference: Refe
     for column, fit in zip(columns, found.labels, strict=True):
         near, true = column.code_n[held_out.indices], column.code_n[held_out.rows]
         votes = vote(held_out.distances, near, len(column.names))
-        said.append(odd_elsewhere(fit, votes, near, true, held_out.batch, np.arange(len(true))))
+        within = votes_within(frozen, column)
+        said.append(odd_elsewhere(fit, votes, near, true, held_out.batch, np.arange(len(true)), within))
     (without, told), _ = held_out.with_kin(np.maximum(*said))
     for calibration, scores in ((found.unlabelled, without), (found.novelty, told)):
         for part, of_size in zip(calibration.sizes, scores, strict=True):

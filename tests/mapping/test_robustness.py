@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -12,7 +14,8 @@ from scipy import sparse
 
 from schelix_scale import Reference, extend, open_store
 from schelix_scale.errors import DataError, RunError
-from schelix_scale.mapping.calibration import Calibration, KinCalibration
+from schelix_scale.mapping import encode
+from schelix_scale.mapping.calibration import Calibration, KinCalibration, calibrate
 from schelix_scale.mapping.columns import LabelColumns, check_keys
 from schelix_scale.mapping.correction import fit_batch
 from schelix_scale.mapping.genes import match_genes
@@ -62,6 +65,18 @@ def test_names_of_cells_and_labels_asked_for_do_not_matter(reference: Reference,
     renamed.obs_names = [f"other-{9999 - i}" for i in range(renamed.n_obs)]
     one = reference.map(plain, batch_key="batch")
     other = reference.map(renamed, batch_key="batch", label_key=["cell_type", "side"])
+    np.testing.assert_array_equal(one.embedding, other.embedding)
+
+
+def test_labels_that_calibrate_fewer_kin_change_no_latent(atlas: Atlas, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the cells of whole batches are left out for their labels."""
+
+    def fewer(*given: Any) -> Calibration:
+        found = calibrate(*given)
+        return replace(found, novelty=KinCalibration(found.novelty.sizes[:2], found.novelty.both[:2]))
+
+    monkeypatch.setattr(encode, "calibrate", fewer)
+    one, other = (Reference.open(atlas.run).map(atlas.query, batch_key="batch", label_key=key) for key in ((), "side"))
     np.testing.assert_array_equal(one.embedding, other.embedding)
 
 
@@ -181,7 +196,7 @@ def test_a_calibration_is_kept_as_it_is(tmp_path: Path) -> None:
     for one, other in zip(found, parts, strict=True):
         np.testing.assert_array_equal(one.scores_s, other.scores_s)
         np.testing.assert_array_equal(one.weight_s, other.weight_s)
-    assert again.most == 1
+    assert again.most == (1, 4)
     assert again.usual.spread == 7.5
     np.testing.assert_array_equal(again.usual.score_cz, usual.score_cz)
     np.testing.assert_array_equal(again.labels[0].usual_ll, label.usual_ll)
