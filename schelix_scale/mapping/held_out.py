@@ -40,7 +40,7 @@ class HeldOut:
         (s, k) neighbours in other batches.
     raw, score, way
         (s, a) components before they are corrected; (s,) and (s, a) what tells how novel each is, see `Evidence`.
-    cells_of, kin_of, spread_of
+    cells_of, kin_of, spread_b
         Of each batch: its cells, those among which they have their kin, and in how many clusters these lie.
     whitening
         See `evidence.whitening`.
@@ -57,7 +57,7 @@ class HeldOut:
     way: np.ndarray
     cells_of: Sequence[np.ndarray]
     kin_of: Sequence[np.ndarray]
-    spread_of: Sequence[float]
+    spread_b: Sequence[float]
     whitening: np.ndarray
     pool: int
 
@@ -70,9 +70,9 @@ class HeldOut:
             How odd the cells' votes are, see `odd_votes.oddest`.
         """
         rows, raw, own = self.rows, self.raw, Evidence.of_cells(self.score, odd_s, self.way)
-        usual = _usual([Pool.of_cells(rows[kin], raw[kin], own[kin]) for kin in self.kin_of], self.spread_of)
+        usual = _usual([Pool.of_cells(rows[kin], raw[kin], own[kin]) for kin in self.kin_of], self.spread_b)
         scores = np.full((2, len(SIZES), len(rows)), np.nan)
-        for mine, kin, spread in zip(self.cells_of, self.kin_of, self.spread_of, strict=True):
+        for mine, kin, spread in zip(self.cells_of, self.kin_of, self.spread_b, strict=True):
             among = Pool.of_cells(rows[kin], raw[kin], own[kin], usual=usual, spread=spread)
             scores[:, : among.size + 1, mine] = among.scores(rows[mine], raw[mine], own[mine])
         return scores, usual
