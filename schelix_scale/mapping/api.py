@@ -93,7 +93,8 @@ class Reference:
             The obs column (or columns, with commas between) that names each cell's batch. By default that of the
             reference, if the query has it, else each file of several, else all is one batch.
         label_key
-            obs columns of the reference whose labels are transferred.
+            obs columns of the reference whose labels are transferred. How novel a cell is depends on them, too: its
+            neighbours' labels can be mixed as those of no known type are. Latents do not.
         out
             A directory for the mapping; one that is there is continued. Nothing is kept without it.
         layer
