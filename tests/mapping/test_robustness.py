@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from schelix_scale.mapping.genes import match_genes
 from schelix_scale.mapping.held_out import hold_out
 from schelix_scale.mapping.kin import Usual
 from schelix_scale.mapping.query import content_order
+from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.progress import QuietReporter
 from schelix_scale.transfer import (
@@ -71,9 +73,10 @@ def test_names_of_cells_and_labels_asked_for_do_not_matter(reference: Reference,
 def test_labels_that_calibrate_fewer_kin_change_no_latent(atlas: Atlas, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the cells of whole batches are left out for their labels."""
 
-    def fewer(*given: Any) -> Calibration:
-        found = calibrate(*given)
-        return replace(found, novelty=KinCalibration(found.novelty.sizes[:2], found.novelty.both[:2]))
+    def fewer(frozen: Frozen, labels: Sequence[Labels], *others: Any) -> Calibration:
+        found = calibrate(frozen, labels, *others)
+        few = KinCalibration(found.novelty.sizes[:2], found.novelty.both[:2])
+        return replace(found, novelty=few) if labels else found
 
     monkeypatch.setattr(encode, "calibrate", fewer)
     one, other = (Reference.open(atlas.run).map(atlas.query, batch_key="batch", label_key=key) for key in ((), "side"))
