@@ -132,7 +132,7 @@ def _fill(
         query = reference.query(
             store, batches, inner, settings, reporter, [name for name in NEEDED if name not in NOT_NEEDED]
         )
-        project(query)
+        project(query, drawn=0)
         correct(query)
         extension = Extension(query, directory)
         extension.fill()

@@ -133,10 +133,12 @@ class Spill:
     ----------
     folder
         Where the disk space is taken; that of temporary files when None. 8 bytes a stored value.
+    name
+        What messages of a full disk call it.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._target = (folder or Path(tempfile.gettempdir())) / "sketch"  # what messages of a full disk name
+    def __init__(self, folder: Path | None, name: str = "sketch") -> None:
+        self._target = (folder or Path(tempfile.gettempdir())) / name
         self._blocks: list[tuple[np.ndarray, np.ndarray, int]] = []
         with disk_errors(self._target):
             self._file = tempfile.TemporaryFile(dir=folder)

@@ -27,7 +27,7 @@ from schelix_scale.stores.batches import Batches
 from schelix_scale.stores.joined import source_address
 from schelix_scale.transfer import Labels
 
-NEEDED = ("clusters", "novelty", "index", "model", "diffused", "neighbor_operator", "fingerprint")
+NEEDED = ("clusters", "novelty", "profiles", "index", "model", "diffused", "neighbor_operator", "fingerprint")
 
 __all__ = ["Mapped", "Reference", "map_cells"]
 

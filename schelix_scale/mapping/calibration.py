@@ -11,6 +11,7 @@ import numpy as np
 from schelix_scale.arrays import load_arrays
 from schelix_scale.errors import DataError
 from schelix_scale.graph.vectors import row_blocks
+from schelix_scale.mapping.expression import Shared
 from schelix_scale.mapping.held_out import hold_out
 from schelix_scale.mapping.kin import SIZES, KinScores, Usual, less
 from schelix_scale.mapping.odd_votes import ENOUGH, odd_elsewhere, oddest, votes_within
@@ -129,6 +130,8 @@ class Calibration:
         What is usual in held-out batches.
     pool
         Cells of a batch among which its cells have their kin: as many of a new batch as of a held-out one.
+    shared
+        What is usual of the expression of kin.
     """
 
     novelty: KinCalibration
@@ -137,6 +140,7 @@ class Calibration:
     whitening_dd: np.ndarray
     usual: Usual
     pool: int
+    shared: Shared
 
     @property
     def most(self) -> tuple[int, int]:
@@ -147,6 +151,7 @@ class Calibration:
         """Write all arrays to an .npz file."""
         arrays: dict[str, np.ndarray] = {"pool": np.array(self.pool), "whitening": self.whitening_dd}
         arrays |= {"usual_spread": np.array(self.usual.spread), "usual_score": self.usual.score_cz}
+        arrays |= {"weight": self.shared.weight_h, "usual_common": self.shared.usual_z}
         for name, both in (("novelty", self.novelty), ("unlabelled", self.unlabelled)):
             for kind, parts in (("", both.sizes), ("both_", both.both)):
                 for size, part in enumerate(parts):
@@ -177,7 +182,8 @@ class Calibration:
             for name in ("novelty", "unlabelled")
         )
         usual = Usual(float(file["usual_spread"]), file["usual_score"])
-        return cls(novelty, unlabelled, labels, file["whitening"], usual, int(file["pool"]))
+        shared = Shared(file["weight"], file["usual_common"])
+        return cls(novelty, unlabelled, labels, file["whitening"], usual, int(file["pool"]), shared)
 
 
 def _parts(file: Mapping[str, np.ndarray], name: str) -> tuple[NoveltyCalibration, ...]:
@@ -227,9 +233,12 @@ def calibrate(
         fitted.append(fit)
     seen_s = _not_novel(elsewhere_s, batch_s, min(frozen.config.graph.k, VOTERS) // 2)
     (without, with_labels), usual = held_out.with_kin(oddest(said, len(batch_s)))
+    known_s = held_out.expressed if held_out.expressed.any() else np.ones(len(batch_s), bool)
+    seen_s = seen_s & known_s if (seen_s & known_s).any() else known_s
     novelty = KinCalibration.fit(with_labels[:, seen_s], batch_s[seen_s])
-    unlabelled = KinCalibration.fit(without, batch_s)
-    return Calibration(novelty, unlabelled, tuple(fitted), held_out.whitening, usual, held_out.pool)
+    unlabelled = KinCalibration.fit(without[:, known_s], batch_s[known_s])
+    whitening, pool, shared = held_out.whitening, held_out.pool, held_out.shared
+    return Calibration(novelty, unlabelled, tuple(fitted), whitening, usual, pool, shared)
 
 
 def _not_novel(elsewhere_s: np.ndarray, batch_s: np.ndarray, few: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from schelix_scale._version import __version__
 from schelix_scale.errors import TrainingError
-from schelix_scale.graph.vectors import row_blocks
+from schelix_scale.graph.vectors import row_blocks, unit_rows
 from schelix_scale.mapping.calibration import Calibration, calibrate
 from schelix_scale.mapping.columns import (
     DISTANCE,
@@ -25,8 +25,10 @@ from schelix_scale.mapping.columns import (
     query_obs,
 )
 from schelix_scale.mapping.diffusion import query_weights
+from schelix_scale.mapping.drawn import DRAWN, Drawn
 from schelix_scale.mapping.evidence import Evidence, mean_around, whitened
-from schelix_scale.mapping.kin import KinScores, Pool, spread_of
+from schelix_scale.mapping.expression import pool_in_common
+from schelix_scale.mapping.kin import KinScores, Pool, likely_known, spread_of
 from schelix_scale.mapping.novelty import NEIGHBORS
 from schelix_scale.mapping.odd_votes import oddest_votes
 from schelix_scale.mapping.query import (
@@ -39,7 +41,6 @@ from schelix_scale.mapping.query import (
     RAW,
     STREAMS,
     Query,
-    content_order,
 )
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.records import StageRecord
@@ -56,7 +57,7 @@ CALIBRATION, MAPPED = "calibration.npz", "mapped.zarr"
 def find_calibration(query: Query, labels: Sequence[Labels], known: Calibration | None) -> tuple[Calibration, Any]:
     """Calibrate on held-out batches of the reference, or take what is ``known``, and keep it in the directory."""
     settings = query.settings
-    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 12}
+    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 13}
     inputs |= {"cells": settings.calibration_cells, "batches": settings.calibration_batches}
 
     def make() -> tuple[list[str], dict[str, Any]]:
@@ -175,7 +176,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
     """Write mapped.zarr: obs with labels and novelty, and the latents."""
     frozen, settings, n = query.frozen, query.settings, query.store.n_cells
     inputs = {"labels": [column.key for column in labels], "coverage": settings.coverage, "novelty": settings.novelty}
-    inputs |= {"obs": query.store.obs_fingerprint(), "version": 12}
+    inputs |= {"obs": query.store.obs_fingerprint(), "version": 13}
 
     def make() -> tuple[list[str], dict[str, Any]]:
         raw = query.load(RAW.format("anchor"))
@@ -226,19 +227,31 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
 
 
 def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration) -> list[Pool]:
-    """Draw the cells of each batch among which its cells have their kin; none that has no gene."""
+    """Find the cells of each batch among which its cells have their kin: those whose expression was kept."""
     raw, corrected = query.load(RAW.format("anchor")), query.load(CORRECTED.format("anchor"))
-    indices, distances, measured = query.load(INDICES), query.load(DISTANCES), query.load(MEASURED)
-    order, codes = content_order(query.frozen, raw), query.batches.codes
+    indices, distances = query.load(INDICES), query.load(DISTANCES)
+    frozen, drawn, measured = query.frozen, Drawn.open(query.directory.path / DRAWN), query.measured
     pools: list[Pool | None] = [None] * len(query.batches.names)
 
     def find(code: int) -> int:
-        rows = np.flatnonzero((codes == code) & measured)
-        rows = np.sort(rows[np.argsort(order[rows], kind="stable")[: calibration.pool]])
+        rows, x_ph = drawn.of_batch(code, calibration.pool)  # as drawn: no order of the query decides a digit
         parts = raw[rows], corrected[rows], indices[rows], distances[rows]
-        own = evidence(query.frozen, labels, calibration, *parts, query.frozen.widths(parts[2][:, :NEIGHBORS]))
-        spread = spread_of(query.frozen.clusters.weights(parts[1]))
-        pools[code] = Pool.of_cells(rows, parts[0], own, max(calibration.most), calibration.usual, spread)
+        own = evidence(frozen, labels, calibration, *parts, frozen.widths(parts[2][:, :NEIGHBORS]))
+        spread = spread_of(frozen.clusters.weights(parts[1]))
+        known = drawn.known_gh[np.zeros(len(rows), np.int64) if measured is None else measured.group_n[rows]]
+        common = pool_in_common(
+            frozen.profiles,
+            calibration.shared.weight_h,
+            frozen.scaling.of_used(x_ph),
+            None if known.all() else known,
+            unit_rows(parts[1]),
+            parts[0],
+            likely_known(own),
+        )
+        by_row = np.argsort(rows)
+        left = calibration.shared.of_pool(common)[by_row]
+        most, usual = max(calibration.most), calibration.usual
+        pools[code] = Pool.of_cells(rows[by_row], parts[0][by_row], own[by_row], most, usual, spread, left)
         return len(rows)
 
     run_tasks(find, range(len(pools)), query.threads)

@@ -1,7 +1,7 @@
 """Batches of a reference -> cells as if they were new ones: corrected anew, neighbours in other batches, scored.
 
 Each held-out batch goes through the same steps as a query: its displacement is fitted anew, and its cells find their
-neighbours among the cells of all other batches.
+neighbours among the cells of all other batches. Cells of the sketch are taken, whose expression is known.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from schelix_scale.errors import DataError
+from schelix_scale.genes.sketch import Sketch
 from schelix_scale.graph.nearest import nearest_in_blocks
 from schelix_scale.graph.vectors import row_blocks, unit_rows
 from schelix_scale.mapping.correction import fit_batch, shifted
 from schelix_scale.mapping.evidence import Evidence, mean_around, whitened, whitening
-from schelix_scale.mapping.kin import POOL, SIZES, Pool, Usual, spread_of
+from schelix_scale.mapping.expression import NEIGHBORS as PROFILED
+from schelix_scale.mapping.expression import Shared, pool_in_common, usual_common
+from schelix_scale.mapping.kin import ALONE, POOL, SIZES, Pool, Usual, spread_of
 from schelix_scale.mapping.novelty import NEIGHBORS
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
@@ -46,6 +49,12 @@ class HeldOut:
         See `evidence.whitening`.
     pool
         How many cells of a batch may be kin.
+    shared
+        What is usual of the expression of kin.
+    common_of
+        Of each batch: what the expression of `kin_of` has in common, see `expression.pool_in_common`.
+    expressed
+        (s,) whether the batch's expression is known: not of batches that a run was extended by.
     """
 
     rows: np.ndarray
@@ -60,6 +69,9 @@ class HeldOut:
     spread_b: Sequence[float]
     whitening: np.ndarray
     pool: int
+    shared: Shared
+    common_of: Sequence[np.ndarray]
+    expressed: np.ndarray
 
     def with_kin(self, odd_s: np.ndarray) -> tuple[np.ndarray, Usual]:
         """How novel cells and their kin are, (2, 5, s) without and with what labels say; and what is usual of batches.
@@ -70,10 +82,14 @@ class HeldOut:
             How odd the cells' votes are, see `odd_votes.oddest`.
         """
         rows, raw, own = self.rows, self.raw, Evidence.of_cells(self.score, odd_s, self.way)
-        usual = _usual([Pool.of_cells(rows[kin], raw[kin], own[kin]) for kin in self.kin_of], self.spread_b)
+        left_of = [self.shared.of_pool(common) for common in self.common_of]
+        pools = zip(self.kin_of, left_of, strict=True)
+        usual = _usual(
+            [Pool.of_cells(rows[kin], raw[kin], own[kin], left_p=left) for kin, left in pools], self.spread_b
+        )
         scores = np.full((2, len(SIZES), len(rows)), np.nan)
-        for mine, kin, spread in zip(self.cells_of, self.kin_of, self.spread_b, strict=True):
-            among = Pool.of_cells(rows[kin], raw[kin], own[kin], usual=usual, spread=spread)
+        for mine, kin, left, spread in zip(self.cells_of, self.kin_of, left_of, self.spread_b, strict=True):
+            among = Pool.of_cells(rows[kin], raw[kin], own[kin], usual=usual, spread=spread, left_p=left)
             scores[:, : among.size + 1, mine] = among.scores(rows[mine], raw[mine], own[mine])
         return scores, usual
 
@@ -94,11 +110,13 @@ def hold_out(
         drawn = np.sort(rng.choice(len(batches), settings.calibration_batches, replace=False))
         batches, sizes = batches[drawn], sizes[drawn]
     share = max(LEAST_OF_BATCH, settings.calibration_cells // len(batches))
+    sketch = frozen.sketch()
     chosen: list[tuple[np.ndarray, np.ndarray]] = []
     for batch, size in zip(batches.tolist(), sizes, strict=True):
         cells = np.flatnonzero(frozen.batch_n == batch)
         fit = np.sort(rng.choice(cells, min(FIT_CELLS, size), replace=False))
-        rows = np.sort(rng.choice(fit, min(share, len(fit)), replace=False))
+        among = _expressed(fit, cells, sketch.rows, share)
+        rows = np.sort(rng.choice(among, min(share, len(among)), replace=False))
         if size < frozen.n_cells - frozen.config.graph.k:
             chosen.append((fit, rows))
     moved: list[np.ndarray] = [np.zeros(0)] * len(chosen)
@@ -127,7 +145,67 @@ def hold_out(
     score, way = frozen.novelty(raw, corrected, around, distances, width), whitened(ways, whitening_dd)
     kin_of = [np.sort(rng.choice(mine, min(pool, len(mine)), replace=False)) for mine in cells_of]
     spread_b = [spread_of(frozen.clusters.weights(corrected[kin])) for kin in kin_of]
-    return HeldOut(rows, batch, indices, distances, raw, score, way, cells_of, kin_of, spread_b, whitening_dd, pool)
+    shared, common_of = _in_common(frozen, sketch, rows, raw, corrected, score, kin_of, threads)
+    expressed = np.zeros(len(rows), bool)
+    for mine, kin in zip(cells_of, kin_of, strict=True):
+        expressed[mine] = np.isin(rows[kin], sketch.rows).all()
+    return HeldOut(
+        rows,
+        batch,
+        indices,
+        distances,
+        raw,
+        score,
+        way,
+        cells_of,
+        kin_of,
+        spread_b,
+        whitening_dd,
+        pool,
+        shared,
+        common_of,
+        expressed,
+    )
+
+
+def _expressed(fit: np.ndarray, cells: np.ndarray, sketched: np.ndarray, share: int) -> np.ndarray:
+    """Return the cells of a batch of which some are held out: of the sketch, if that has cells of the batch."""
+    known = cells[np.isin(cells, sketched)]
+    if len(known) < min(ALONE, len(cells)):
+        return fit
+    both = fit[np.isin(fit, known)]
+    return both if len(both) >= min(share, len(known)) else known
+
+
+def _in_common(
+    frozen: Frozen,
+    sketch: Sketch,
+    rows: np.ndarray,
+    raw: np.ndarray,
+    corrected: np.ndarray,
+    score: np.ndarray,
+    kin_of: Sequence[np.ndarray],
+    threads: int,
+) -> tuple[Shared, list[np.ndarray]]:
+    """Return what the expression of each batch's kin has in common, and what is usual of it."""
+    profiles, weight = frozen.profiles, frozen.profiles.weight()
+    found = [np.zeros((len(kin), 0)) for kin in kin_of]
+
+    def task(place: int) -> int:
+        kin = kin_of[place]
+        batch = int(frozen.batch_n[rows[kin[0]]])
+        there = np.searchsorted(sketch.rows, rows[kin]).clip(max=len(sketch.rows) - 1)
+        if (sketch.rows[there] == rows[kin]).all() and (profiles.batch_p != batch).sum() > PROFILED:
+            known = None
+            if sketch.measured is not None:
+                known = sketch.measured.measured_pg[sketch.measured.group_n[there]][:, frozen.scaling.genes]
+            own, unit = frozen.scaling(sketch.x_ng[there]), unit_rows(corrected[kin])
+            likely = score[kin] <= np.median(score[kin])
+            found[place] = pool_in_common(profiles, weight, own, known, unit, raw[kin], likely, batch)
+        return len(kin)
+
+    run_tasks(task, range(len(kin_of)), threads)
+    return Shared(weight, usual_common(found)), found
 
 
 def _usual(pools: Sequence[Pool], spread_b: Sequence[float]) -> Usual:

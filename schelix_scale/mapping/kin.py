@@ -23,6 +23,7 @@ SIZES, SHARE = (1, 2, 4, 8, 15), 7  # cells and their kin: the most that are no 
 ALONE = 20  # cells that a pool has at least, for any to have kin
 FEWER = 2  # places before in `SIZES`: a rare type has too few cells for the most, so that a quarter counts, too
 POOL = 1_000
+AROUND = 3  # cells of a pool, nearest to a cell, whose expression speaks for it
 BLOCK = 2_048
 QUARTILE = 0.25
 TOLD = 0.25, 0.5  # share of the usual number of clusters at which a batch says nothing and all of what it is as a whole
@@ -76,6 +77,8 @@ class Pool:
         number of kin up to ``size``: as far as the batch tells it. 0 of single cells.
     size
         Which of `SIZES` its cells are looked at with: 15 cells, or fewer in a pool of less than 105, where kin are few.
+    left_p
+        (p,) what the expression of each of them and its kin adds to how novel it is, see `expression.Shared`.
     """
 
     rows: np.ndarray
@@ -84,6 +87,7 @@ class Pool:
     usual_way_d: np.ndarray
     usual_cz: np.ndarray
     size: int
+    left_p: np.ndarray
 
     @classmethod
     def of_cells(
@@ -94,6 +98,7 @@ class Pool:
         most: int = len(SIZES) - 1,
         usual: Usual | None = None,
         spread: float = np.inf,
+        left_p: np.ndarray | None = None,
     ) -> Pool:
         """Make a pool of cells (p,), ascending.
 
@@ -104,13 +109,15 @@ class Pool:
         usual, spread
             What is usual in other batches, and in how many clusters this one lies: without them the batch is taken to
             tell what it is as a whole.
+        left_p
+            What their expression adds; nothing by default.
         """
         size = min(most, int(np.searchsorted(SIZES, len(rows) // SHARE, side="right")) - 1) if len(rows) >= ALONE else 0
-        found = cls(rows, unit_rows(raw_pd), own, np.zeros(own.way_md.shape[1]), np.zeros((2, size + 1)), size)
+        left = np.zeros(len(rows)) if left_p is None else left_p
+        found = cls(rows, unit_rows(raw_pd), own, np.zeros(own.way_md.shape[1]), np.zeros((2, size + 1)), size, left)
         if size == 0:
             return found
-        told = 1.0 if usual is None else usual.told(spread)
-        likely = own.score_cm[0] <= np.median(own.score_cm[0])
+        told, likely = 1.0 if usual is None else usual.told(spread), likely_known(own)
         found = replace(found, usual_way_d=told * np.median(own.way_md[likely], axis=0).astype(np.float64))
         usual_cz = np.quantile(found.scores(rows, raw_pd, own), QUARTILE, axis=-1)
         if usual is not None:
@@ -121,7 +128,8 @@ class Pool:
     def scores(self, rows: np.ndarray, raw_md: np.ndarray, own: Evidence) -> np.ndarray:
         """Return how novel cells and their kin are together, for each of `SIZES` up to that of the pool: (2, z, m).
 
-        That is the mean of their scores and log(k |w|^2) of the mean w of their k ways, above what the batch has.
+        That is the mean of their scores and log(k |w|^2) of the mean w of their k ways, above what the batch has. What
+        expression adds for a cell is what it adds for the three of the pool that are most like it.
 
         Parameters
         ----------
@@ -134,11 +142,13 @@ class Pool:
         out = np.empty((2, len(sizes), len(rows)))
         for start, stop in row_blocks(len(rows), BLOCK):
             score, way = own.score_cm[:, start:stop], own.way_md[start:stop]
-            out[:, 0, start:stop] = together(score, way, 1)
             near = self._nearest(rows[start:stop], raw_md[start:stop], sizes[-1] - 1)
+            if self.size:
+                score = score + self.left_p[near[:, :AROUND]].mean(axis=1)
+            out[:, 0, start:stop] = together(score, way, 1)
             for place, k in enumerate(sizes[1:], 1):
                 kin = near[:, : k - 1]
-                theirs = np.sort(self.own.score_cm[:, kin], axis=2).sum(axis=2)  # sorted: no order decides a digit
+                theirs = np.sort(self.own.score_cm[:, kin] + self.left_p[kin], axis=2).sum(axis=2)  # in no one's order
                 away = way + self.own.way_md[kin].sum(axis=1, dtype=np.float64)  # exact: see `evidence.STEPS`
                 out[:, place, start:stop] = together((score + theirs) / k, away / k - self.usual_way_d, k)
         return np.asarray(out - self.usual_cz[..., None])
@@ -154,6 +164,11 @@ class Pool:
         near = np.argpartition(-alike, count - 1, axis=1)[:, :count]
         order = np.argsort(-np.take_along_axis(alike, near, axis=1), axis=1, kind="stable")
         return np.take_along_axis(near, order, axis=1)
+
+
+def likely_known(own: Evidence) -> np.ndarray:
+    """Return which cells of a batch are probably not novel, (m,) bool: the half that score less, without labels."""
+    return np.asarray(own.score_cm[0] <= np.median(own.score_cm[0]))
 
 
 @dataclass(frozen=True)

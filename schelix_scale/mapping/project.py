@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from schelix_scale.features.onepass import PASS_SHARE, block_size, write_rows
 from schelix_scale.features.projection import Projection, clip_genes
 from schelix_scale.features.streams import Streams
 from schelix_scale.graph.vectors import row_blocks
+from schelix_scale.mapping.drawn import DRAWN, Drawing
 from schelix_scale.mapping.genes import (
     GeneMatch,
     match_genes,
@@ -24,7 +25,8 @@ from schelix_scale.mapping.genes import (
     shared_target,
     shared_totals,
 )
-from schelix_scale.mapping.query import MEASURED, MOVES, RAW, STREAMS, Query
+from schelix_scale.mapping.kin import POOL
+from schelix_scale.mapping.query import MEASURED, MOVES, RAW, STREAMS, Query, content_order
 from schelix_scale.records import StageRecord
 from schelix_scale.scheduling import run_tasks
 from schelix_scale.stores.checks import check_block
@@ -46,8 +48,11 @@ class _Encoder:
     learned: tuple[np.ndarray, np.ndarray] | None
     mean_g: np.ndarray
 
-    def encode(self, x_mq: sparse.csr_matrix, values: str) -> dict[str, np.ndarray]:
-        """Return uncorrected components of both streams, what learned loadings add to them, and who has any value."""
+    def encode(self, x_mq: sparse.csr_matrix, values: str) -> tuple[dict[str, np.ndarray], sparse.csr_matrix]:
+        """Return uncorrected components of both streams, what learned loadings add to them, and who has any value.
+
+        Beside it, the reference's values (m, g) of the genes that it uses.
+        """
         total_m = shared_totals(x_mq, self.match)
         x_mg = reference_values(x_mq, self.match, values, self.target, total_m)
         streams = self.streams
@@ -56,7 +61,7 @@ class _Encoder:
         if self.learned is not None:
             for name, part, weights in zip(STREAMS, (streams.anchor, streams.variant), self.learned, strict=True):
                 found[f"{name}_learned"] = _learned(x_mg, part, weights, found[name], self.match.place_g, self.mean_g)
-        return found
+        return found, x_mg
 
 
 def _learned(
@@ -76,11 +81,14 @@ def _learned(
     return np.asarray(moved + mean_h[lacking_h] @ weights_hd[lacking_h], np.float32)
 
 
-def project(query: Query) -> StageRecord:
-    """Write the uncorrected components of all cells, in one pass over the store."""
+def project(query: Query, drawn: int = POOL) -> StageRecord:
+    """Write the uncorrected components of all cells, in one pass over the store.
+
+    Of the cells of each batch ``drawn`` keep their expression, see `mapping.drawn`; with 0 nothing of it is written.
+    """
     frozen, store, settings = query.frozen, query.store, query.settings
     inputs: dict[str, Any] = {"source": store.fingerprint(), "values": settings.values, "gene_key": settings.gene_key}
-    inputs |= {"min_genes": settings.min_genes, "version": 2}
+    inputs |= {"min_genes": settings.min_genes, "drawn": drawn, "version": 3}
 
     def make() -> tuple[list[str], dict[str, Any]]:
         encoders = _encoders(query)
@@ -97,19 +105,34 @@ def project(query: Query) -> StageRecord:
             targets[KNOWN] = published.enter_context(query.directory.publish(MEASURED))
             create_array(targets[KNOWN], (n,), "bool")
             size = block_size(store, int(PASS_SHARE * query.budget), query.threads, BLOCK_CELLS)
+            used = np.flatnonzero(encoders[0].match.used_g)
+            drawing = Drawing(len(query.batches.names), drawn, len(used), query.directory.path)
 
             def task(span: tuple[int, int]) -> int:
                 rows = np.arange(*span)
                 x_mq = store.read(rows)
                 check_block(x_mq, rows, store, values)
-                for name, found in _encode(query, encoders, x_mq, rows, values).items():
-                    write_rows(targets[name], span[0], found)
+                parts: dict[str, list[np.ndarray]] = {}
+                for chosen, found, x_mg in _encode(query, encoders, x_mq, rows, values):
+                    if drawn:
+                        seen = np.flatnonzero(found[KNOWN])
+                        order, mine = content_order(frozen, found["anchor"][seen]), rows[chosen[seen]]
+                        drawing.offer(mine, query.batches.codes[mine], order, x_mg[seen][:, used])
+                    for name, part in {"place": chosen, **found}.items():
+                        parts.setdefault(name, []).append(part)
+                back = np.argsort(np.concatenate(parts.pop("place")))  # as the rows of the block are
+                for name, found_m in parts.items():
+                    write_rows(targets[name], span[0], np.concatenate(found_m)[back])
                 return len(rows)
 
-            run_tasks(task, list(row_blocks(n, size)), query.threads, None, progress.advance)
+            with drawing:
+                run_tasks(task, list(row_blocks(n, size)), query.threads, None, progress.advance)
+                if drawn:
+                    known = np.stack([encoder.match.place_g[used] >= 0 for encoder in encoders])
+                    drawing.write(published.enter_context(query.directory.publish(DRAWN)), known)
         facts = min((encoder.match for encoder in encoders), key=lambda match: match.used_share).facts()
         blind = _say_blind(query)
-        made = [*names.values(), MEASURED]
+        made = [*names.values(), MEASURED, *([DRAWN] if drawn else [])]
         return made, {**facts, "cells_without_genes": blind, "values": values, "learned": learned}
 
     return query.stage("project", inputs, [], make)
@@ -117,17 +140,18 @@ def project(query: Query) -> StageRecord:
 
 def _encode(
     query: Query, encoders: Sequence[_Encoder], x_mq: sparse.csr_matrix, rows: np.ndarray, values: str
-) -> dict[str, np.ndarray]:
-    """Encode a block, the cells of each group that measured the same genes apart."""
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], sparse.csr_matrix]]:
+    """Encode a block, the cells of each group that measured the same genes apart: yield their places, and what it is.
+
+    See `_Encoder.encode`.
+    """
     if query.measured is None:
-        return encoders[0].encode(x_mq, values)
+        yield np.arange(len(rows)), *encoders[0].encode(x_mq, values)
+        return
     group_m = query.measured.group_n[rows]
-    out: dict[str, np.ndarray] = {}
     for group in np.unique(group_m):
         chosen = np.flatnonzero(group_m == group)
-        for name, found in encoders[group].encode(x_mq[chosen], values).items():
-            out.setdefault(name, np.empty((len(rows), *found.shape[1:]), found.dtype))[chosen] = found
-    return out
+        yield chosen, *encoders[group].encode(x_mq[chosen], values)
 
 
 def _say_blind(query: Query) -> int:

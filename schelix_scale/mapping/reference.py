@@ -17,10 +17,12 @@ from schelix_scale.context import BATCH, ROW
 from schelix_scale.errors import DataError, RunError
 from schelix_scale.features.correction import MixtureCorrection
 from schelix_scale.features.streams import Streams
+from schelix_scale.genes.sketch import Sketch
 from schelix_scale.graph.operator import Operator
 from schelix_scale.graph.query import QueryIndex
 from schelix_scale.mapping.correction import Clusters
 from schelix_scale.mapping.diffusion import Levels, kernel_widths
+from schelix_scale.mapping.expression import Profiles, Scaling
 from schelix_scale.mapping.novelty import NoveltyScore
 from schelix_scale.run_directory import RunDirectory
 from schelix_scale.stages.graph import graph_settings
@@ -155,6 +157,20 @@ class Frozen:
     def novelty(self) -> NoveltyScore:
         """What scores how novel a cell is."""
         return NoveltyScore.of_cells(*self._of_sample)
+
+    def sketch(self) -> Sketch:
+        """Read the sketch: cells of which the run keeps the expression."""
+        return Sketch.load(self.directory.path / "sketch.npz")
+
+    @cached_property
+    def scaling(self) -> Scaling:
+        """What expression is scaled by."""
+        return Scaling.of_run(self.streams, self.genes, self.config.features.scale_power)
+
+    @cached_property
+    def profiles(self) -> Profiles:
+        """Cells of the sketch, beside whose expression that of new cells is held."""
+        return Profiles.of_sketch(self.sketch(), self.scaling, self.anchor_na, self.config.seed)
 
     @cached_property
     def index(self) -> QueryIndex:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.metrics.pairwise import cosine_similarity
@@ -205,6 +207,21 @@ def test_a_batch_in_few_clusters_tells_nothing_of_a_batch() -> None:
     assert np.median(whole[4]) < np.median(half[4]) < np.median(none[4])
 
 
+def test_expression_counts_for_a_cell_as_for_those_most_like_it() -> None:
+    raw, own = made_up(21, 300)
+    left = np.random.default_rng(22).exponential(size=300)
+    rows = np.arange(300)
+    near = np.argsort(-cosine_similarity(raw) + 9 * np.eye(300), axis=1)[:, :15]
+    scores = own.score_cm[0] + left[near[:, :3]].mean(axis=1)
+    way = own.way_md - np.median(own.way_md[own.score_cm[0] <= np.median(own.score_cm[0])], axis=0)
+    found = Pool.of_cells(rows, raw, own, left_p=left).scores(rows, raw, own)
+    np.testing.assert_allclose(found[0, 0], scores + np.log((own.way_md**2).sum(axis=1)), atol=1e-3)
+    of_kin = own.score_cm[0] + left
+    theirs = np.array([scores[cell] + of_kin[near[cell, :7]].sum() for cell in rows]) / 8
+    length = np.array([np.log(8 * (way[[cell, *near[cell, :7]]].mean(axis=0) ** 2).sum()) for cell in rows])
+    np.testing.assert_allclose(found[0, 3], theirs + length - np.quantile(theirs + length, 0.25), atol=1e-3)
+
+
 def test_clusters_are_counted() -> None:
     assert spread_of(np.eye(7)[np.arange(700) % 7]) == pytest.approx(7, rel=0.01)
     assert spread_of(np.tile([0.5, 0.5, 0], (9, 1))) == pytest.approx(2)
@@ -274,6 +291,7 @@ def test_tiny_batches_do_not_decide_the_covariance() -> None:
 def test_held_out_cells_have_kin_in_their_batch(reference: Reference) -> None:
     frozen: Frozen = reference.frozen
     held_out = hold_out(frozen, MapConfig())
+    held_out = replace(held_out, common_of=[common[:, :0] for common in held_out.common_of])  # expression is silent
     rows, (scores, _) = held_out.rows, held_out.with_kin(np.zeros(len(held_out.rows)))
     batch, raw = frozen.batch_n[rows], np.asarray(frozen.raw_na[rows])
     assert held_out.pool >= np.bincount(batch).max(), "all are in the pool, for this to be told"
