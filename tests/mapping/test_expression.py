@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -17,7 +18,7 @@ from sklearn.neighbors import NearestNeighbors
 from schelix_scale import Reference, integrate, map_cells
 from schelix_scale.genes.sketch import Sketch
 from schelix_scale.graph.vectors import unit_rows
-from schelix_scale.mapping import expression
+from schelix_scale.mapping import calibration, encode, expression
 from schelix_scale.mapping.drawn import Drawing, Drawn
 from schelix_scale.mapping.expression import (
     Profiles,
@@ -287,3 +288,38 @@ def test_held_out_cells_are_those_of_the_sketch(reference: Reference, monkeypatc
     assert np.isin(held_out.rows[~silent], part.rows).all()
     np.testing.assert_array_equal(held_out.expressed, ~silent)
     assert [common.shape[1] > 0 for common in held_out.common_of] == [True, False, True]
+
+
+def test_batches_without_expression_do_not_calibrate_novelty(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = reference.frozen
+    held_out = hold_out(frozen, MapConfig())
+    silent = held_out.batch == 1
+    monkeypatch.setattr(calibration, "hold_out", lambda *_: replace(held_out, expressed=~silent))
+    found = calibration.calibrate(frozen, frozen.labels(("cell_type",)), MapConfig())
+    assert len(found.novelty.sizes[0].scores_s) == len(found.unlabelled.sizes[0].scores_s) == (~silent).sum()
+    monkeypatch.setattr(calibration, "hold_out", lambda *_: replace(held_out, expressed=np.zeros_like(silent)))
+    found = calibration.calibrate(frozen, [], MapConfig())
+    assert len(found.unlabelled.sizes[0].scores_s) == len(silent), "where there is none at all, all do"
+
+
+def test_genes_that_a_query_lacks_are_not_taken_for_zeros(
+    reference: Reference, atlas: Atlas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def remember(profiles: Profiles, weight_h: np.ndarray, own_ph: sparse.csr_matrix, *rest: Any) -> np.ndarray:
+        asked.append((own_ph.toarray(), rest[0]))
+        return pool_in_common(profiles, weight_h, own_ph, *rest)
+
+    monkeypatch.setattr(encode, "pool_in_common", remember)
+    kept = np.flatnonzero(np.arange(atlas.known.n_vars) % 5 > 1)
+    for query in (atlas.known, atlas.known[:, kept]):
+        reference.map(query.copy(), batch_key="batch")
+    (whole, all_known), (part, known) = asked
+    there = np.isin(reference.frozen.scaling.genes, kept)
+    assert all_known is None
+    np.testing.assert_array_equal(known, np.tile(there, (len(part), 1)))
+    assert (part[:, ~there] == 0).all()
+    assert np.corrcoef(whole[:, there].mean(axis=0), part[:, there].mean(axis=0))[0, 1] > 0.99
