@@ -36,7 +36,7 @@ from schelix_scale.stores.batches import Batches
 from schelix_scale.stores.joined import source_address
 
 LEAST = 2
-NOT_NEEDED = "novelty", "diffused"  # of a mapping: new cells are diffused among each other as well
+NOT_NEEDED = "novelty", "profiles", "diffused"  # of a mapping: new cells are diffused among each other as well
 
 
 def extend(
@@ -132,7 +132,7 @@ def _fill(
         query = reference.query(
             store, batches, inner, settings, reporter, [name for name in NEEDED if name not in NOT_NEEDED]
         )
-        project(query, drawn=0)
+        project(query)
         correct(query)
         extension = Extension(query, directory)
         extension.fill()

@@ -53,6 +53,11 @@ class Sketch:
     values: ValueDecision
     measured: Measured | None = None
 
+    def of_cells(self, places: np.ndarray) -> Sketch:
+        """Return some of the cells, (k,) positions in the sketch."""
+        measured = None if self.measured is None else self.measured.of_cells(places)
+        return Sketch(self.rows[places], self.batch_n[places], self.x_ng[places], self.values, measured)
+
     def save(self, path: Path, genes: np.ndarray) -> None:
         """Write the sketch to an .npz file, of the values those of ``genes`` (sorted positions) alone."""
         x_nh, known = self.x_ng[:, genes], self.measured

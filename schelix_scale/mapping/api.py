@@ -13,6 +13,7 @@ from schelix_scale.config import memory_budget
 from schelix_scale.mapping.calibration import Calibration
 from schelix_scale.mapping.columns import check_keys
 from schelix_scale.mapping.encode import encode_query, find_calibration
+from schelix_scale.mapping.held_out import pool_size
 from schelix_scale.mapping.inputs import merged_settings, open_query, parted, query_batches, refuse_inside
 from schelix_scale.mapping.mapped import Mapped, read_mapped
 from schelix_scale.mapping.project import project
@@ -149,7 +150,7 @@ class Reference:
         source = self._description(store)
         with RunDirectory.claim(out, self.frozen.config, source, overwrite) as directory:
             query = self.query(store, batches, directory, settings, reporter)
-            project(query)  # first: genes that do not fit are found at once
+            project(query, pool_size(self.frozen, settings))  # first: genes that do not fit are found at once
             correct(query)
             calibration_key = (keys, settings.calibration_cells, settings.calibration_batches)
             with self._lock:  # calibrated once for all threads

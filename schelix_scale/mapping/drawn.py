@@ -2,7 +2,7 @@
 
 Cells are drawn by what is measured of them, so that neither their order nor the threads have a part in which they are.
 Of a block those are spilled that are among the first of their batch so far: of a batch of n cells about
-1,000 (1 + log(n / 1,000)). Memory holds their numbers alone.
+k (1 + log(n / k)), of which k are kept. Memory holds their numbers alone.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Drawing:
         How many batches there are.
     count
         Cells of a batch, at most.
-    width
-        Genes.
+    genes
+        (h,) positions of the genes whose values are kept.
     folder
         Where values wait until all cells have passed by: 8 bytes a value, in a file without a name.
     """
 
-    def __init__(self, batches: int, count: int, width: int, folder: Path) -> None:
-        self._count, self._width = count, width
+    def __init__(self, batches: int, count: int, genes: np.ndarray, folder: Path) -> None:
+        self._count, self._genes = count, genes
         self._order = [np.zeros(0, np.uint64)] * batches
         self._rows = [np.zeros(0, np.int64)] * batches
         self._spill, self._lock = Spill(folder, "drawn"), Lock()
@@ -54,7 +54,9 @@ class Drawing:
         """Give the disk space back."""
         self._spill.__exit__()
 
-    def offer(self, rows: np.ndarray, batch_m: np.ndarray, order_m: np.ndarray, x_mh: sparse.csr_matrix) -> None:
+    def offer(
+        self, rows: np.ndarray, batch_m: np.ndarray, order_m: np.ndarray, x_mg: sparse.csr_matrix, seen_m: np.ndarray
+    ) -> None:
         """Let cells pass by.
 
         Parameters
@@ -63,18 +65,23 @@ class Drawing:
             (m,) their numbers, none of which passes by twice, and batches.
         order_m
             (m,) uint64 by which they are drawn, least first; of the same ones the first row.
-        x_mh
-            (m, h) their values.
+        x_mg
+            (m, g) their values of all genes.
+        seen_m
+            Which of them may be drawn.
         """
+        batches = np.unique(batch_m[seen_m])
         with self._lock:
-            found = [self._among_first(batch, rows, batch_m, order_m) for batch in np.unique(batch_m)]
-            if sum(map(len, found)):
-                kept = np.sort(np.concatenate(found))
-                self._spill.append(rows[kept], x_mh[kept])
+            found = [self._among_first(batch, rows, (batch_m == batch) & seen_m, order_m) for batch in batches]
+        kept = np.sort(np.concatenate([np.zeros(0, np.int64), *found]))
+        if len(kept):
+            x_kh = x_mg[kept][:, self._genes]
+            with self._lock:
+                self._spill.append(rows[kept], x_kh)
 
-    def _among_first(self, batch: int, rows: np.ndarray, batch_m: np.ndarray, order_m: np.ndarray) -> np.ndarray:
+    def _among_first(self, batch: int, rows: np.ndarray, mine_m: np.ndarray, order_m: np.ndarray) -> np.ndarray:
         """Take up the cells of a batch that are among its first so far; return their places."""
-        mine = np.flatnonzero(batch_m == batch)
+        mine = np.flatnonzero(mine_m)
         order = np.r_[self._order[batch], order_m[mine]]
         numbers = np.r_[self._rows[batch], rows[mine]]
         first = np.lexsort((numbers, order))[: self._count]
@@ -88,16 +95,17 @@ class Drawing:
         rows = np.concatenate(self._rows)
         by_row = np.argsort(rows)
         length = np.zeros(len(rows), np.int64)
-        for there, x_bh in self._spill.blocks(self._width):
+        for there, x_bh in self._spill.blocks(len(self._genes)):
             places, mine = _places(rows, by_row, there)
             length[places] = np.diff(x_bh.indptr)[mine]
         pointer = np.r_[0, length.cumsum()]
         data = create_array(folder / "data.npy", (int(pointer[-1]),), "float32")
         indices = create_array(folder / "indices.npy", (int(pointer[-1]),), "int32")
-        for there, x_bh in self._spill.blocks(self._width):
-            for place, i in zip(*_places(rows, by_row, there), strict=True):
-                target, source = slice(*pointer[place : place + 2]), slice(*x_bh.indptr[i : i + 2])
-                data[target], indices[target] = x_bh.data[source], x_bh.indices[source]
+        for there, x_bh in self._spill.blocks(len(self._genes)):
+            places, mine = _places(rows, by_row, there)
+            x_ph = x_bh[mine]
+            target = np.repeat(pointer[places] - x_ph.indptr[:-1], np.diff(x_ph.indptr)) + np.arange(x_ph.nnz)
+            data[target], indices[target] = x_ph.data, x_ph.indices
         for array in (data, indices):
             array.flush()
         np.save(folder / "pointer.npy", pointer)

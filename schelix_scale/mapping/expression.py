@@ -93,13 +93,14 @@ class Profiles:
     @classmethod
     def of_sketch(cls, sketch: Sketch, scaling: Scaling, anchor_na: np.ndarray, seed: int) -> Profiles:
         """Take cells of the sketch, drawn at random where there are many; ``anchor_na`` are corrected components."""
-        chosen = np.arange(len(sketch.rows))
-        if len(chosen) > PROFILES:
-            chosen = np.sort(np.random.default_rng([seed, 0xE59]).choice(len(chosen), PROFILES, replace=False))
-        unit, x, known = unit_rows(anchor_na[sketch.rows[chosen]]), scaling(sketch.x_ng[chosen]), sketch.measured
+        cells = len(sketch.rows)
+        if cells > PROFILES:
+            drawn = np.random.default_rng([seed, 0xE59]).choice(cells, PROFILES, replace=False)
+            sketch = sketch.of_cells(np.sort(drawn))
+        unit, x, known = unit_rows(anchor_na[sketch.rows]), scaling(sketch.x_ng), sketch.measured
         if known is None:
-            return cls(sketch.batch_n[chosen], unit, x)
-        return cls(sketch.batch_n[chosen], unit, x, known.group_n[chosen], known.measured_pg[:, scaling.genes])
+            return cls(sketch.batch_n, unit, x)
+        return cls(sketch.batch_n, unit, x, known.group_n, known.measured_pg[:, scaling.genes])
 
     def around(self, unit_ma: np.ndarray, batch: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
         """Return mean expression (m, h) float32 of the 30 cells nearest to others, and where it is known.
@@ -116,8 +117,8 @@ class Profiles:
         The means over those in which a gene was measured, and (m, h) bool, which genes were in any; None if all were.
         """
         there = np.arange(len(self.batch_p)) if batch is None else np.flatnonzero(self.batch_p != batch)
-        unit, k = self.unit_pa[there], min(NEIGHBORS, len(there))
-        blocks = ((start, unit[start:stop]) for start, stop in row_blocks(len(unit), BLOCK))
+        k = min(NEIGHBORS, len(there))
+        blocks = ((start, self.unit_pa[there[start:stop]]) for start, stop in row_blocks(len(there), BLOCK))
         near = there[nearest_in_blocks(unit_ma, blocks, k)[0]]
         pick = sparse.csr_matrix(
             (np.ones(near.size, np.float32), near.ravel(), np.arange(0, near.size + 1, k)),

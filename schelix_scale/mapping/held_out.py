@@ -109,7 +109,7 @@ def hold_out(
     if len(batches) > settings.calibration_batches:
         drawn = np.sort(rng.choice(len(batches), settings.calibration_batches, replace=False))
         batches, sizes = batches[drawn], sizes[drawn]
-    share = max(LEAST_OF_BATCH, settings.calibration_cells // len(batches))
+    share = held_out_cells(len(batches), settings)
     sketch = frozen.sketch()
     chosen: list[tuple[np.ndarray, np.ndarray]] = []
     for batch, size in zip(batches.tolist(), sizes, strict=True):
@@ -132,8 +132,9 @@ def hold_out(
             f"{frozen.config.graph.k} cells must be left. Mapping is calibrated on held-out batches."
         )
     rows, corrected = np.concatenate([rows for _, rows in chosen]), np.concatenate(moved)
+    sketch = sketch.of_cells(np.flatnonzero(np.isin(sketch.rows, rows)))  # the others take memory
     indices, distances = _neighbors_elsewhere(frozen, corrected, frozen.batch_n[rows], threads)
-    pool = min(share, POOL)
+    pool = pool_size(frozen, settings)
     raw, batch = np.asarray(frozen.raw_na[rows]), frozen.batch_n[rows]
     around = mean_around(frozen.anchor_na, indices)
     ways = corrected - around
@@ -166,6 +167,16 @@ def hold_out(
         common_of,
         expressed,
     )
+
+
+def held_out_cells(batches: int, settings: MapConfig) -> int:
+    """Return how many cells of each of so many batches are held out, if it has them."""
+    return max(LEAST_OF_BATCH, settings.calibration_cells // min(batches, settings.calibration_batches))
+
+
+def pool_size(frozen: Frozen, settings: MapConfig) -> int:
+    """Return among how many cells of a batch its cells have their kin, at most."""
+    return min(POOL, held_out_cells(len(np.unique(frozen.batch_n)), settings))
 
 
 def _expressed(fit: np.ndarray, cells: np.ndarray, sketched: np.ndarray, share: int) -> np.ndarray:

@@ -25,7 +25,6 @@ from schelix_scale.mapping.genes import (
     shared_target,
     shared_totals,
 )
-from schelix_scale.mapping.kin import POOL
 from schelix_scale.mapping.query import MEASURED, MOVES, RAW, STREAMS, Query, content_order
 from schelix_scale.records import StageRecord
 from schelix_scale.scheduling import run_tasks
@@ -81,10 +80,10 @@ def _learned(
     return np.asarray(moved + mean_h[lacking_h] @ weights_hd[lacking_h], np.float32)
 
 
-def project(query: Query, drawn: int = POOL) -> StageRecord:
+def project(query: Query, drawn: int = 0) -> StageRecord:
     """Write the uncorrected components of all cells, in one pass over the store.
 
-    Of the cells of each batch ``drawn`` keep their expression, see `mapping.drawn`; with 0 nothing of it is written.
+    Of so many cells of each batch as are ``drawn`` the expression is kept, see `mapping.drawn`.
     """
     frozen, store, settings = query.frozen, query.store, query.settings
     inputs: dict[str, Any] = {"source": store.fingerprint(), "values": settings.values, "gene_key": settings.gene_key}
@@ -106,7 +105,7 @@ def project(query: Query, drawn: int = POOL) -> StageRecord:
             create_array(targets[KNOWN], (n,), "bool")
             size = block_size(store, int(PASS_SHARE * query.budget), query.threads, BLOCK_CELLS)
             used = np.flatnonzero(encoders[0].match.used_g)
-            drawing = Drawing(len(query.batches.names), drawn, len(used), query.directory.path)
+            drawing = Drawing(len(query.batches.names), drawn, used, query.directory.path)
 
             def task(span: tuple[int, int]) -> int:
                 rows = np.arange(*span)
@@ -115,9 +114,8 @@ def project(query: Query, drawn: int = POOL) -> StageRecord:
                 parts: dict[str, list[np.ndarray]] = {}
                 for chosen, found, x_mg in _encode(query, encoders, x_mq, rows, values):
                     if drawn:
-                        seen = np.flatnonzero(found[KNOWN])
-                        order, mine = content_order(frozen, found["anchor"][seen]), rows[chosen[seen]]
-                        drawing.offer(mine, query.batches.codes[mine], order, x_mg[seen][:, used])
+                        mine, order = rows[chosen], content_order(frozen, found["anchor"])
+                        drawing.offer(mine, query.batches.codes[mine], order, x_mg, found[KNOWN])
                     for name, part in {"place": chosen, **found}.items():
                         parts.setdefault(name, []).append(part)
                 back = np.argsort(np.concatenate(parts.pop("place")))  # as the rows of the block are

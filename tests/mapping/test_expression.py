@@ -219,32 +219,36 @@ def test_kin_are_one_in_seven_of_a_pool(cells: int, columns: int) -> None:
 def test_the_first_cells_of_each_batch_are_kept(tmp_path: Path) -> None:
     """Whatever the order in which blocks pass by: the least by number, and of the same ones the first row."""
     rng = RNG(10)
-    x_nh = sparse.random(3_000, 8, 0.3, "csr", np.float32, rng)
+    x_ng, genes = sparse.random(3_000, 12, 0.3, "csr", np.float32, rng), np.array([0, 1, 3, 4, 6, 7, 9, 11])
+    seen = rng.random(3_000) < 0.9
     batch = rng.integers(0, 4, 3_000) % 3  # the fourth batch has no cell
     order = rng.integers(0, 400, 3_000).astype(np.uint64)
     known = np.array([[True] * 8, [False] * 8])
     for name, turn in (("one", 1), ("other", -1)):
-        with Drawing(4, 100, 8, tmp_path) as drawing:
+        with Drawing(4, 100, genes, tmp_path) as drawing:
             for start in range(0, 3_000, 500)[::turn]:
                 rows = np.arange(start, start + 500)
-                drawing.offer(rows, batch[rows], order[rows], x_nh[rows])
+                drawing.offer(rows, batch[rows], order[rows], x_ng[rows], seen[rows])
             drawing.write(tmp_path / name, known)
         drawn = Drawn.open(tmp_path / name)
         for code in range(3):
-            mine = np.flatnonzero(batch == code)
+            mine = np.flatnonzero((batch == code) & seen)
             first = mine[np.lexsort((mine, order[mine]))]
             for count in (7, 100, 1_000):
                 rows, values = drawn.of_batch(code, count)
                 np.testing.assert_array_equal(rows, first[: min(count, 100)])
-                np.testing.assert_array_equal(values.toarray(), x_nh[rows].toarray())
+                np.testing.assert_array_equal(values.toarray(), x_ng[rows][:, genes].toarray())
         rows, values = drawn.of_batch(3, 100)
         assert (len(rows), values.shape) == (0, (0, 8))
         np.testing.assert_array_equal(drawn.known_gh, known)
 
 
 def test_no_cell_at_all_is_kept(tmp_path: Path) -> None:
-    with Drawing(2, 100, 8, tmp_path) as drawing:
-        drawing.offer(np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.uint64), sparse.csr_matrix((0, 8)))
+    with Drawing(2, 100, np.arange(8), tmp_path) as drawing:
+        none = np.zeros(0, int)
+        drawing.offer(none, none, none.astype(np.uint64), sparse.csr_matrix((0, 8)), none.astype(bool))
+        blind = np.zeros(2, bool)
+        drawing.offer(np.arange(2), np.arange(2), np.arange(2, dtype=np.uint64), sparse.csr_matrix((2, 8)), blind)
         drawing.write(tmp_path / "none", np.ones((1, 8), bool))
     assert Drawn.open(tmp_path / "none").of_batch(1, 5)[1].shape == (0, 8)
 
