@@ -18,7 +18,7 @@ from schelix_scale.mapping.inputs import merged_settings, open_query, parted, qu
 from schelix_scale.mapping.mapped import Mapped, read_mapped
 from schelix_scale.mapping.project import project
 from schelix_scale.mapping.query import Query, correct, find_neighbors
-from schelix_scale.mapping.reference import MAPPED_ONTO, Frozen, Once
+from schelix_scale.mapping.reference import MAPPED_ONTO, Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.progress import QuietReporter, Reporter, RichReporter
 from schelix_scale.records import read_json
@@ -50,7 +50,7 @@ class Reference:
     def __init__(self, frozen: Frozen, threads: int | None = None) -> None:
         self.frozen = frozen
         self.threads = threads or thread_count(frozen.config)
-        self._once = Once(frozen)
+        self._once = _Once(frozen)
         self._lock = threading.Lock()
         self._labels: dict[str, Labels] = {}
         self._calibrations: dict[tuple[object, ...], Calibration] = {}
@@ -220,6 +220,25 @@ class Reference:
             "novel_share": directory.record("map").details["novel_share"],
             "seconds": round(sum(record.seconds for record in directory.records()), 1),
         }
+
+
+@final
+class _Once:
+    """Computes cached properties of a `Frozen` under a lock, so that threads do not compute them twice."""
+
+    def __init__(self, frozen: Frozen) -> None:
+        self.frozen, self._lock = frozen, threading.RLock()
+
+    def ready(self, *names: str) -> None:
+        """Compute these properties, if they are not computed yet."""
+        with self._lock:
+            for name in names:
+                getattr(self.frozen, name)
+
+    def materialize(self, threads: int) -> None:
+        """See `Frozen.materialize`."""
+        with self._lock:
+            self.frozen.materialize(threads)
 
 
 def map_cells(

@@ -151,7 +151,7 @@ class Calibration:
         """Write all arrays to an .npz file."""
         arrays: dict[str, np.ndarray] = {"pool": np.array(self.pool), "whitening": self.whitening_dd}
         arrays |= {"usual_spread": np.array(self.usual.spread), "usual_score": self.usual.score_cz}
-        arrays |= {"weight": self.shared.weight_h, "usual_common": self.shared.usual_z}
+        arrays["usual_common"] = self.shared.usual_z
         for name, both in (("novelty", self.novelty), ("unlabelled", self.unlabelled)):
             for kind, parts in (("", both.sizes), ("both_", both.both)):
                 for size, part in enumerate(parts):
@@ -182,7 +182,7 @@ class Calibration:
             for name in ("novelty", "unlabelled")
         )
         usual = Usual(float(file["usual_spread"]), file["usual_score"])
-        shared = Shared(file["weight"], file["usual_common"])
+        shared = Shared(file["usual_common"])
         return cls(novelty, unlabelled, labels, file["whitening"], usual, int(file["pool"]), shared)
 
 

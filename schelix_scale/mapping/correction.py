@@ -20,6 +20,7 @@ TINY = 1e-9
 LIKELY = 0.95
 MIN_CELLS = 10
 COHERENT = 3.0
+CLUSTERS = 12, 100  # fewest and most, of a run that corrects nothing
 
 
 @dataclass(frozen=True)
@@ -232,3 +233,16 @@ def shifted(
     """Correct (n, d) and (n, v) components of a new batch's cells; float32."""
     anchor = anchor_nd - (strength * shift.anchor_d).astype(np.float32)
     return anchor, np.asarray(variant_nv - (strength * shift.variant_v).astype(np.float32), np.float32)
+
+
+def uncorrected(raw_sd: np.ndarray, n_batches: int, seed: int) -> MixtureCorrection:
+    """Return clusters of cells that no batch is displaced in."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    unit = raw_sd / np.maximum(np.linalg.norm(raw_sd, axis=1, keepdims=True), 1e-12)
+    k = int(np.clip(np.sqrt(len(unit)) / 3, *CLUSTERS))
+    centres = MiniBatchKMeans(min(k, len(unit)), n_init=1, random_state=seed).fit(unit).cluster_centers_
+    centres = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
+    zeros = np.zeros((len(centres), n_batches), np.float32)
+    shift = np.zeros((*zeros.shape, raw_sd.shape[1]), np.float32)
+    return MixtureCorrection(centres.astype(np.float32), zeros, shift)

@@ -241,7 +241,6 @@ def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration)
         known = drawn.known_gh[np.zeros(len(rows), np.int64) if measured is None else measured.group_n[rows]]
         common = pool_in_common(
             frozen.profiles,
-            calibration.shared.weight_h,
             frozen.scaling.of_used(x_ph),
             None if known.all() else known,
             unit_rows(parts[1]),

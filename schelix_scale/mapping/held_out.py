@@ -17,10 +17,10 @@ from schelix_scale.graph.nearest import nearest_in_blocks
 from schelix_scale.graph.vectors import row_blocks, unit_rows
 from schelix_scale.mapping.correction import fit_batch, shifted
 from schelix_scale.mapping.evidence import Evidence, mean_around, whitened, whitening
-from schelix_scale.mapping.expression import NEIGHBORS as PROFILED
 from schelix_scale.mapping.expression import Shared, pool_in_common, usual_common
 from schelix_scale.mapping.kin import ALONE, POOL, SIZES, Pool, Usual, spread_of
 from schelix_scale.mapping.novelty import NEIGHBORS
+from schelix_scale.mapping.profiles import NEIGHBORS as PROFILED
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.scheduling import run_tasks
@@ -199,7 +199,7 @@ def _in_common(
     threads: int,
 ) -> tuple[Shared, list[np.ndarray]]:
     """Return what the expression of each batch's kin has in common, and what is usual of it."""
-    profiles, weight = frozen.profiles, frozen.profiles.weight()
+    profiles = frozen.profiles
     found = [np.zeros((len(kin), 0)) for kin in kin_of]
 
     def task(place: int) -> int:
@@ -212,11 +212,11 @@ def _in_common(
                 known = sketch.measured.measured_pg[sketch.measured.group_n[there]][:, frozen.scaling.genes]
             own, unit = frozen.scaling(sketch.x_ng[there]), unit_rows(corrected[kin])
             likely = score[kin] <= np.median(score[kin])
-            found[place] = pool_in_common(profiles, weight, own, known, unit, raw[kin], likely, batch)
+            found[place] = pool_in_common(profiles, own, known, unit, raw[kin], likely, batch)
         return len(kin)
 
     run_tasks(task, range(len(kin_of)), threads)
-    return Shared(weight, usual_common(found)), found
+    return Shared(usual_common(found)), found
 
 
 def _usual(pools: Sequence[Pool], spread_b: Sequence[float]) -> Usual:

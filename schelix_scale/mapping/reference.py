@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +14,14 @@ from schelix_scale.arrays import map_array
 from schelix_scale.config import Config
 from schelix_scale.context import BATCH, ROW
 from schelix_scale.errors import DataError, RunError
-from schelix_scale.features.correction import MixtureCorrection
 from schelix_scale.features.streams import Streams
 from schelix_scale.genes.sketch import Sketch
 from schelix_scale.graph.operator import Operator
 from schelix_scale.graph.query import QueryIndex
-from schelix_scale.mapping.correction import Clusters
+from schelix_scale.mapping.correction import Clusters, uncorrected
 from schelix_scale.mapping.diffusion import Levels, kernel_widths
-from schelix_scale.mapping.expression import Profiles, Scaling
 from schelix_scale.mapping.novelty import NoveltyScore
+from schelix_scale.mapping.profiles import Profiles, Scaling
 from schelix_scale.run_directory import RunDirectory
 from schelix_scale.stages.graph import graph_settings
 from schelix_scale.transfer import Labels
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
     from schelix_scale.model.streams import DualStream
 
 SAMPLE = 30_000
-CLUSTERS = (12, 100)
 MAPPED_ONTO = "mapped_onto"
 
 
@@ -141,7 +138,7 @@ class Frozen:
         correction, shift_kbv = self.streams.correction, self.streams.variant_shift_kbd
         batch = self.batch_n[rows]
         if correction is None:
-            correction = _uncorrected(raw, int(self.batch_n.max()) + 1, self.config.seed)
+            correction = uncorrected(raw, int(self.batch_n.max()) + 1, self.config.seed)
         corrected, weights = correction.apply_with_weights(raw, batch)
         k, b, _ = correction.shift_kbd.shape
         if shift_kbv is None:
@@ -288,34 +285,3 @@ class Frozen:
                     "needed. Missing values, empty text and 'unknown' are not known."
                 )
         return found
-
-
-class Once:
-    """Computes cached properties of a `Frozen` under a lock, so that threads do not compute them twice."""
-
-    def __init__(self, frozen: Frozen) -> None:
-        self.frozen, self._lock = frozen, threading.RLock()
-
-    def ready(self, *names: str) -> None:
-        """Compute these properties, if they are not computed yet."""
-        with self._lock:
-            for name in names:
-                getattr(self.frozen, name)
-
-    def materialize(self, threads: int) -> None:
-        """See `Frozen.materialize`."""
-        with self._lock:
-            self.frozen.materialize(threads)
-
-
-def _uncorrected(raw_sd: np.ndarray, n_batches: int, seed: int) -> MixtureCorrection:
-    """Return clusters of cells that no batch is displaced in."""
-    from sklearn.cluster import MiniBatchKMeans
-
-    unit = raw_sd / np.maximum(np.linalg.norm(raw_sd, axis=1, keepdims=True), 1e-12)
-    k = int(np.clip(np.sqrt(len(unit)) / 3, *CLUSTERS))
-    centres = MiniBatchKMeans(min(k, len(unit)), n_init=1, random_state=seed).fit(unit).cluster_centers_
-    centres = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
-    zeros = np.zeros((len(centres), n_batches), np.float32)
-    shift = np.zeros((*zeros.shape, raw_sd.shape[1]), np.float32)
-    return MixtureCorrection(centres.astype(np.float32), zeros, shift)

@@ -18,11 +18,9 @@ from sklearn.neighbors import NearestNeighbors
 from schelix_scale import Reference, integrate, map_cells
 from schelix_scale.genes.sketch import Sketch
 from schelix_scale.graph.vectors import unit_rows
-from schelix_scale.mapping import calibration, encode, expression
+from schelix_scale.mapping import calibration, encode, profiles
 from schelix_scale.mapping.drawn import Drawing, Drawn
 from schelix_scale.mapping.expression import (
-    Profiles,
-    Scaling,
     Shared,
     in_common,
     left_over,
@@ -30,11 +28,12 @@ from schelix_scale.mapping.expression import (
     usual_common,
 )
 from schelix_scale.mapping.held_out import hold_out
+from schelix_scale.mapping.profiles import Around, Profiles, Scaling
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.progress import QuietReporter
 from schelix_scale.stores.base import Measured
 from schelix_scale.stores.values import ValueDecision
-from tests.mapping.conftest import SETTINGS, Atlas
+from tests.mapping.conftest import NOVEL, SETTINGS, Atlas
 from tests.synthetic import dense_log_normalize
 
 RNG = np.random.default_rng
@@ -64,11 +63,12 @@ def test_around_is_the_mean_of_neighbours(batch: int | None) -> None:
     scaling = Scaling(np.arange(9), np.full(9, np.inf, np.float32), np.ones(9))
     profiles = Profiles.of_sketch(sketch(x_ng, batch_n), scaling, anchor, 0)
     new = rng.normal(size=(20, 5))
-    found, known = profiles.around(unit_rows(new), batch)
+    found = profiles.around(unit_rows(new), batch)
     there = np.flatnonzero(batch_n != batch) if batch is not None else np.arange(400)
     near = NearestNeighbors(n_neighbors=30, metric="cosine").fit(anchor[there]).kneighbors(new)[1]
-    np.testing.assert_allclose(found, x_ng[there[near]].mean(axis=1), rtol=1e-5)
-    assert known is None
+    np.testing.assert_allclose(found.mean_mh, x_ng[there[near]].mean(axis=1), rtol=1e-5)
+    assert found.known_mh is None
+    np.testing.assert_array_equal(found.count_mb.T, [(batch_n[there[near]] == code).sum(axis=1) for code in range(3)])
 
 
 def test_genes_that_were_not_measured_have_no_part_in_the_mean() -> None:
@@ -79,16 +79,16 @@ def test_genes_that_were_not_measured_have_no_part_in_the_mean() -> None:
     measured = Measured(group_n.astype(np.int32), ("a", "b"), there_pg)
     scaling = Scaling(np.arange(4), np.full(4, np.inf, np.float32), np.ones(4))
     profiles = Profiles.of_sketch(sketch(x_ng, batch_n, measured), scaling, anchor, 0)
-    found, known = profiles.around(unit_rows(anchor[:5]))
+    found = profiles.around(unit_rows(anchor[:5]))
     near = NearestNeighbors(n_neighbors=30, metric="cosine").fit(anchor).kneighbors(anchor[:5])[1]
     values = np.where(there_pg[group_n], x_ng, np.nan)[near]
-    np.testing.assert_allclose(found[:, :3], np.nanmean(values[:, :, :3], axis=1), rtol=1e-5)
-    assert known is not None
-    np.testing.assert_array_equal(known, np.tile([True, True, True, False], (5, 1)))
+    np.testing.assert_allclose(found.mean_mh[:, :3], np.nanmean(values[:, :, :3], axis=1), rtol=1e-5)
+    assert found.known_mh is not None
+    np.testing.assert_array_equal(found.known_mh, np.tile([True, True, True, False], (5, 1)))
 
 
 def test_of_many_cells_some_are_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expression, "PROFILES", 50)
+    monkeypatch.setattr(profiles, "CELLS", 50)
     rng = RNG(2)
     x_ng, anchor, batch_n = rng.poisson(1.0, (400, 3)) * 1.0, rng.normal(size=(400, 5)), np.arange(400) % 3
     scaling = Scaling(np.array([0, 2]), np.array([2.0, 1.0], np.float32), np.array([1.0, 4.0]))
@@ -155,13 +155,13 @@ def test_genes_that_are_not_known_leave_nothing() -> None:
 
 def test_what_kin_have_in_common_is_the_mean_product_of_two_of_them() -> None:
     rng = RNG(6)
-    left, weight = rng.normal(size=(30, 7)), rng.uniform(0.5, 2, 7)
+    left = rng.normal(size=(30, 7))
     kin = np.array([rng.permutation(np.delete(np.arange(30), cell))[:14] for cell in range(30)])
-    found = in_common(left, weight, kin, (4, 8, 15))
+    found = in_common(left, kin, (4, 8, 15))
     for place, size in enumerate((4, 8, 15)):
         for cell in range(30):
             pairs = combinations([cell, *kin[cell, : size - 1]], 2)
-            expected = np.mean([((left[a] * weight) * (left[b] * weight)).sum() for a, b in pairs])
+            expected = np.mean([(left[a] * left[b]).sum() for a, b in pairs])
             assert found[cell, place] == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
@@ -171,7 +171,7 @@ def test_noise_has_nothing_in_common() -> None:
     left[:50] += 0.5  # a sixth of what is noise in single cells
     kin = np.array([np.delete(np.arange(50), cell)[:14] if cell < 50 else np.arange(51, 65) for cell in range(500)])
     kin[50:] = (kin[50:] + np.arange(450)[:, None]) % 450 + 50
-    found = in_common(left, np.ones(400), kin, (15,))[:, 0]
+    found = in_common(left, kin, (15,))[:, 0]
     assert found[50:].mean() == pytest.approx(0, abs=15)
     assert found[:50].mean() == pytest.approx(400 * 0.25, rel=0.3)
     assert found[:50].min() > np.quantile(found[50:], 0.98)
@@ -185,16 +185,64 @@ def test_weights_are_of_what_varies_between_neighbours() -> None:
     spread = np.array([0.5, 1.0, 2.0])
     x_ng = np.c_[kind * 5.0, 9 + rng.normal(size=(1200, 3)) * spread]
     scaling = Scaling(np.arange(4), np.full(4, np.inf, np.float32), np.ones(4))
-    weight = Profiles.of_sketch(sketch(x_ng, kind * 0), scaling, anchor, 0).weight()
+    weight = Profiles.of_sketch(sketch(x_ng, kind * 0), scaling, anchor, 0).weight_h
     variance = np.array([0, *spread**2]) * (1 + 1 / 30)
     np.testing.assert_allclose(weight, 1 / np.sqrt(variance + 0.1 * variance.mean()), rtol=0.1)
+
+
+def test_neighbours_of_one_batch_tell_nothing() -> None:
+    """One batch alone has the second type: what it is off by in it cannot be told from what is new."""
+    rng = RNG(12)
+    kind, batch = np.repeat([0, 1], [600, 200]), np.r_[np.arange(600) % 4, np.full(200, 3)]
+    anchor = np.eye(2)[kind] + rng.normal(size=(800, 2)) * 0.05
+    x_ng = 5 + rng.normal(size=(800, 60))
+    scaling = Scaling(np.arange(60), np.full(60, np.inf, np.float32), np.ones(60))
+    profiles = Profiles.of_sketch(sketch(x_ng, batch), scaling, anchor, 0)
+    own = 5 + rng.normal(size=(800, 60)) + rng.normal(size=60) * 2 * (np.arange(800) % 8 < 2)[:, None]
+    cells = np.r_[:200, 600:800]
+    off, likely = np.arange(800)[cells] % 8 < 2, np.ones(400, bool)
+    raw = np.c_[anchor[cells], off * 3.0]
+    values = sparse.csr_matrix(own[cells].astype(np.float32))
+    found = pool_in_common(profiles, values, None, unit_rows(anchor[cells]), raw, likely)[:, -1]
+    assert found[off & (kind[cells] == 0)].mean() > 20 * abs(found[off & (kind[cells] == 1)]).mean()
+
+
+def test_how_far_neighbours_are_mixed() -> None:
+    """As often as two of them are of one batch, against how often that is so of the reference's own."""
+    rng = RNG(13)
+    batch = np.repeat(np.arange(4), [400, 100, 100, 100])
+    anchor = rng.normal(size=(700, 3))
+    scaling = Scaling(np.arange(2), np.full(2, np.inf, np.float32), np.ones(2))
+    found = Profiles.of_sketch(sketch(rng.poisson(1.0, (700, 2)) * 1.0, batch), scaling, anchor, 0)
+    new = unit_rows(rng.normal(size=(50, 3)))
+    nearest = NearestNeighbors(n_neighbors=30, metric="cosine")
+
+    def number(of: np.ndarray) -> np.ndarray:
+        """One over the share of pairs that are of the same batch."""
+        alike = [[one == other for one, other in combinations(row, 2)] for row in of]
+        return np.mean(alike, axis=1)
+
+    for left_out in (None, 0, 1):
+        there = np.flatnonzero(batch != left_out) if left_out is not None else np.arange(700)
+        index = nearest.fit(anchor[there])
+        near = batch[there][index.kneighbors(new)[1]]
+        usual = 1 / number(batch[there][index.kneighbors(anchor[there])[1]]).mean() - 1
+        expected = np.clip((1 / number(near) - 1) / usual, 0, 1)
+        mixed = found.mixed(found.around(new, left_out), left_out)
+        np.testing.assert_allclose(mixed, expected, atol=0.06)
+    alone = Around(np.zeros((2, 2)), None, np.array([[30, 0, 0, 0], [1, 0, 0, 0]]))
+    assert (found.mixed(alone) == 0).all()
+    one = replace(found, count_sb=np.array([[30, 0, 0, 0]]), batch_s=np.zeros(1, int))
+    assert (one.mixed(alone) == 1).all()
+    assert (one.mixed(alone, 0) == 1).all()
 
 
 def test_usual_is_the_mean_of_medians_of_batches() -> None:
     parts = [np.array([[1.0, -4.0], [-3.0, 2.0], [2.0, 6.0]]), np.array([[4.0], [6.0]]), np.zeros((9, 0))]
     np.testing.assert_allclose(usual_common(parts), [3.5, 4.0, 4.0])
-    np.testing.assert_allclose(usual_common([np.zeros((9, 0))]), 1.0)
-    shared = Shared(np.ones(1), np.array([3.5, 4.0, 4.0]))
+    for nothing in (np.zeros((9, 0)), np.zeros((9, 3))):
+        assert (Shared(usual_common([nothing])).of_pool(np.array([[1.0, 5.0]])) == 0).all(), "that tells nothing"
+    shared = Shared(np.array([3.5, 4.0, 4.0]))
     np.testing.assert_allclose(shared.of_pool(parts[0]), 2 * np.log1p(np.array([0, 0.5, 1.5])))
     np.testing.assert_allclose(shared.of_pool(parts[1]), 2 * np.log1p(np.array([4, 6]) / 3.5))
     assert (shared.of_pool(parts[2]) == 0).all()
@@ -208,12 +256,14 @@ def test_kin_are_one_in_seven_of_a_pool(cells: int, columns: int) -> None:
     profiles = Profiles.of_sketch(sketch(x_ng, np.arange(200) % 2), scaling, anchor, 0)
     new, own = rng.normal(size=(cells, 4)), sparse.csr_matrix(rng.poisson(1.0, (cells, 6)).astype(np.float32))
     likely = np.arange(cells) % 2 == 0
-    found = pool_in_common(profiles, np.ones(6), own, None, unit_rows(new), new, likely)
+    found = pool_in_common(profiles, own, None, unit_rows(new), new, likely)
     assert found.shape == (cells, columns)
     if columns:
-        left = left_over(own.toarray(), profiles.around(unit_rows(new))[0], None, likely)
+        around = profiles.around(unit_rows(new))
+        left = left_over(own.toarray(), around.mean_mh, None, likely) * profiles.weight_h
+        left *= profiles.mixed(around)[:, None]
         kin = np.argsort(-cosine_similarity(new) + 9 * np.eye(cells), axis=1)[:, :14]
-        np.testing.assert_allclose(found, in_common(left, np.ones(6), kin, (4, 8, 15)[:columns]), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found, in_common(left, kin, (4, 8, 15)[:columns]), rtol=1e-4, atol=1e-4)
 
 
 def test_the_first_cells_of_each_batch_are_kept(tmp_path: Path) -> None:
@@ -313,9 +363,9 @@ def test_genes_that_a_query_lacks_are_not_taken_for_zeros(
 ) -> None:
     asked = []
 
-    def remember(profiles: Profiles, weight_h: np.ndarray, own_ph: sparse.csr_matrix, *rest: Any) -> np.ndarray:
+    def remember(profiles: Profiles, own_ph: sparse.csr_matrix, *rest: Any) -> np.ndarray:
         asked.append((own_ph.toarray(), rest[0]))
-        return pool_in_common(profiles, weight_h, own_ph, *rest)
+        return pool_in_common(profiles, own_ph, *rest)
 
     monkeypatch.setattr(encode, "pool_in_common", remember)
     kept = np.flatnonzero(np.arange(atlas.known.n_vars) % 5 > 1)
@@ -327,3 +377,16 @@ def test_genes_that_a_query_lacks_are_not_taken_for_zeros(
     np.testing.assert_array_equal(known, np.tile(there, (len(part), 1)))
     assert (part[:, ~there] == 0).all()
     assert np.corrcoef(whole[:, there].mean(axis=0), part[:, there].mean(axis=0))[0, 1] > 0.99
+
+
+def test_a_reference_of_two_batches_tells_what_is_novel(atlas: Atlas, tmp_path: Path) -> None:
+    """When one is held out all that is left is of one batch, which must not count for nothing."""
+    two = atlas.reference[atlas.reference.obs["batch"] != "b2"].copy()
+    integrate(two, batch_key="batch", out=tmp_path / "run", reporter=QuietReporter(), **SETTINGS)
+    reference = Reference.open(tmp_path / "run")
+    held_out = hold_out(reference.frozen, MapConfig())
+    assert (held_out.shared.usual_z[:3] < np.inf).all()
+    found = reference.map(atlas.query.copy(), batch_key="batch").obs["schelix_novelty_p"].to_numpy() <= 0.05
+    novel = (atlas.query.obs["cell_type"] == NOVEL).to_numpy()
+    assert found[~novel].mean() < 0.1
+    assert found[novel].mean() > 0.9

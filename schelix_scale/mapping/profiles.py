@@ -1,0 +1,188 @@
+"""The sketch of a run -> cells of the reference with their expression, and the mean of those around any cell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from schelix_scale.features.projection import Projection, clip_genes
+from schelix_scale.features.streams import Streams
+from schelix_scale.genes.sketch import Sketch
+from schelix_scale.graph.nearest import nearest_in_blocks
+from schelix_scale.graph.vectors import row_blocks, unit_rows
+
+CELLS = 20_000  # of the reference whose expression is held
+NEIGHBORS = 30
+WEIGHED, LEAST = 1_000, 0.1  # cells that weights are measured on; of the mean variance, to which each gene's is raised
+BLOCK = 4_096
+TINY = 1e-9
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Log-normalised values of all genes -> those of the genes that a reference uses, capped, in its units.
+
+    Attributes
+    ----------
+    genes
+        (h,) positions among all genes.
+    cap_h, scale_h
+        Largest value, and what values are divided by.
+    """
+
+    genes: np.ndarray
+    cap_h: np.ndarray
+    scale_h: np.ndarray
+
+    @classmethod
+    def of_run(cls, streams: Streams, genes: pd.DataFrame, power: float) -> Scaling:
+        """Take the caps of the projections and variances of the table of genes; ``power`` as in `fit_projection`."""
+        cap_g = np.full(len(genes), np.inf, np.float32)
+        parts: list[Projection] = [streams.anchor, *([] if streams.variant is None else [streams.variant])]
+        for part in parts:
+            cap_g[part.genes] = part.cap
+        used = np.flatnonzero(streams.uses(len(genes)))
+        sd_h = np.sqrt(genes["var"].to_numpy()[used])
+        return cls(used, cap_g[used], np.where(sd_h > 0, sd_h, 1.0) ** power)
+
+    def __call__(self, x_mg: sparse.csr_matrix) -> sparse.csr_matrix:
+        """Return (m, h) CSR float32 of (m, g) values."""
+        return self.of_used(x_mg[:, self.genes])
+
+    def of_used(self, x_mh: sparse.csr_matrix) -> sparse.csr_matrix:
+        """Return the same of values of the used genes alone, (m, h)."""
+        capped = clip_genes(x_mh, self.cap_h)
+        return sparse.csr_matrix(capped @ sparse.diags(1 / self.scale_h), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Around:
+    """Reference cells around others.
+
+    Attributes
+    ----------
+    mean_mh
+        (m, h) float32 mean expression, of each gene over the cells in which it was measured.
+    known_mh
+        (m, h) bool: which genes were measured in any; None if all were.
+    count_mb
+        (m, b) how many of them are of each batch.
+    """
+
+    mean_mh: np.ndarray
+    known_mh: np.ndarray | None
+    count_mb: np.ndarray
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """Cells of a reference with their expression.
+
+    Attributes
+    ----------
+    batch_p
+        (p,) batch codes.
+    unit_pa
+        (p, a) corrected Anchor components, scaled to norm 1.
+    x_ph
+        (p, h) CSR float32, see `Scaling`.
+    weight_h
+        (h,) what is left over of genes is multiplied by: one over the standard deviation among neighbours.
+    batch_s, count_sb
+        Of some of the cells: their batch, and of which batches the cells around them are, see `Around`.
+    group_p, known_gh
+        (p,) groups of cells and (g, h) bool, which genes each group measured; None: all were in all.
+    """
+
+    batch_p: np.ndarray
+    unit_pa: np.ndarray
+    x_ph: sparse.csr_matrix
+    weight_h: np.ndarray
+    batch_s: np.ndarray
+    count_sb: np.ndarray
+    group_p: np.ndarray | None = None
+    known_gh: np.ndarray | None = None
+
+    @classmethod
+    def of_sketch(cls, sketch: Sketch, scaling: Scaling, anchor_na: np.ndarray, seed: int) -> Profiles:
+        """Take cells of the sketch, drawn at random where there are many; ``anchor_na`` are corrected components."""
+        cells = len(sketch.rows)
+        if cells > CELLS:
+            drawn = np.random.default_rng([seed, 0xE59]).choice(cells, CELLS, replace=False)
+            sketch = sketch.of_cells(np.sort(drawn))
+        unit, x, known = unit_rows(anchor_na[sketch.rows]), scaling(sketch.x_ng), sketch.measured
+        found = cls(sketch.batch_n, unit, x, np.ones(x.shape[1]), np.zeros(0, int), np.zeros((0, 0), int))
+        if known is not None:
+            found = replace(found, group_p=known.group_n, known_gh=known.measured_pg[:, scaling.genes])
+        return found._weighed()
+
+    def around(self, unit_ma: np.ndarray, batch: int | None = None) -> Around:
+        """Return what the 30 cells nearest to others are.
+
+        Parameters
+        ----------
+        unit_ma
+            Corrected Anchor components, scaled to norm 1.
+        batch
+            That whose cells are left out.
+        """
+        there = np.arange(len(self.batch_p)) if batch is None else np.flatnonzero(self.batch_p != batch)
+        k = min(NEIGHBORS, len(there))
+        blocks = ((start, self.unit_pa[there[start:stop]]) for start, stop in row_blocks(len(there), BLOCK))
+        near = there[nearest_in_blocks(unit_ma, blocks, k)[0]]
+        pick = sparse.csr_matrix(
+            (np.ones(near.size, np.float32), near.ravel(), np.arange(0, near.size + 1, k)),
+            shape=(len(near), len(self.batch_p)),
+        )
+        sums = np.asarray((pick @ self.x_ph).toarray())
+        batches = counts(self.batch_p[near], int(self.batch_p.max()) + 1)
+        if self.group_p is None or self.known_gh is None:
+            return Around(sums / np.float32(k), None, batches)
+        of_group = counts(self.group_p[near], len(self.known_gh)).astype(np.float32)
+        count = of_group @ self.known_gh.astype(np.float32)
+        return Around(sums / np.maximum(count, 1), count > 0, batches)
+
+    def mixed(self, around: Around, batch: int | None = None) -> np.ndarray:
+        """Return how far cells around others are of several batches, (m,): from 0, of one, to 1, as is usual.
+
+        Of how many batches they are is one over the chance that two of them are of the same. If a batch is left out,
+        what is usual is what would be without its cells. Where the reference's own are always of one, 1.
+        """
+        others = np.arange(self.count_sb.shape[1]) != (-1 if batch is None else batch)
+        of_others = self.count_sb[np.flatnonzero(self.batch_s != (-1 if batch is None else batch))][:, others]
+        told = same(of_others)
+        told = told[np.isfinite(told)]
+        usual = 1 / max(float(told.mean()), TINY) - 1 if len(told) else 0.0
+        if usual < TINY:
+            return np.ones(len(around.count_mb))
+        found = 1 / np.maximum(np.nan_to_num(same(around.count_mb), nan=1.0), TINY) - 1
+        return np.asarray(np.clip(found / usual, 0.0, 1.0))
+
+    def _weighed(self) -> Profiles:
+        """Return the same with what is measured on some of the cells: weights of genes, and batches around."""
+        some = np.unique(np.linspace(0, len(self.batch_p) - 1, WEIGHED).astype(np.int64))
+        around = self.around(self.unit_pa[some])
+        left, known = self.x_ph[some].toarray() - around.mean_mh, around.known_mh
+        if known is not None and self.group_p is not None and self.known_gh is not None:
+            known = known & self.known_gh[self.group_p[some]]
+            left[~known] = 0.0
+        variance = (left.astype(np.float64) ** 2).sum(axis=0)
+        variance /= len(some) if known is None else np.maximum(known.sum(axis=0), 1)
+        weight = 1 / np.sqrt(variance + LEAST * variance.mean() + TINY)
+        return replace(self, weight_h=np.asarray(weight), batch_s=self.batch_p[some], count_sb=around.count_mb)
+
+
+def same(count_mb: np.ndarray) -> np.ndarray:
+    """Return the chance that two different ones of counted cells are of the same batch, (m,); nan of less than two."""
+    n = count_mb.sum(axis=1)
+    pairs = (count_mb * (count_mb - 1)).sum(axis=1)
+    return np.asarray(np.where(n > 1, pairs / np.maximum(n * (n - 1), 1), np.nan))
+
+
+def counts(code_mk: np.ndarray, codes: int) -> np.ndarray:
+    """Return how often each code is in each row, (m, codes)."""
+    place = np.arange(len(code_mk))[:, None] * codes + code_mk
+    return np.bincount(place.ravel(), minlength=len(code_mk) * codes).reshape(-1, codes)
