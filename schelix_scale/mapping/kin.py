@@ -168,7 +168,8 @@ class Pool:
 
 def likely_known(own: Evidence) -> np.ndarray:
     """Return which cells of a batch are probably not novel, (m,) bool: the half that score less, without labels."""
-    return np.asarray(own.score_cm[0] <= np.median(own.score_cm[0]))
+    score_m = own.score_cm[0]
+    return np.asarray(score_m <= np.median(score_m)) if len(score_m) else np.zeros(0, bool)
 
 
 @dataclass(frozen=True)

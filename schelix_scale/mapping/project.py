@@ -25,6 +25,7 @@ from schelix_scale.mapping.genes import (
     shared_target,
     shared_totals,
 )
+from schelix_scale.mapping.inputs import batches_digest
 from schelix_scale.mapping.query import MEASURED, MOVES, RAW, STREAMS, Query, content_order
 from schelix_scale.records import StageRecord
 from schelix_scale.scheduling import run_tasks
@@ -87,7 +88,8 @@ def project(query: Query, drawn: int = 0) -> StageRecord:
     """
     frozen, store, settings = query.frozen, query.store, query.settings
     inputs: dict[str, Any] = {"source": store.fingerprint(), "values": settings.values, "gene_key": settings.gene_key}
-    inputs |= {"min_genes": settings.min_genes, "drawn": drawn, "version": 3}
+    inputs |= {"min_genes": settings.min_genes, "version": 3}
+    inputs["drawn"] = [drawn, batches_digest(query.batches)] if drawn else None
 
     def make() -> tuple[list[str], dict[str, Any]]:
         encoders = _encoders(query)

@@ -156,6 +156,17 @@ def test_a_mapping_goes_on_where_it_stopped(atlas: Atlas, tmp_path: Path) -> Non
         map_cells(atlas.run, atlas.known, batch_key="batch", out=out, reporter=QuietReporter())
 
 
+def test_other_batches_in_the_same_directory(atlas: Atlas, tmp_path: Path) -> None:
+    """What is kept of each batch is kept anew when the batches are others."""
+    query = atlas.query.copy()
+    query.obs["half"] = np.where(np.arange(query.n_obs) % 2, "x", "y")
+    columns = ["schelix_novelty", "schelix_novelty_p"]
+    map_cells(atlas.run, query, batch_key="batch", out=tmp_path / "m", reporter=QuietReporter())
+    again = map_cells(atlas.run, query, batch_key="half", out=tmp_path / "m", reporter=QuietReporter())
+    fresh = map_cells(atlas.run, query, batch_key="half", reporter=QuietReporter())
+    np.testing.assert_array_equal(again.obs[columns], fresh.obs[columns])
+
+
 def test_what_cannot_be_done_is_said(reference: Reference, atlas: Atlas) -> None:
     with pytest.raises(DataError, match=r"carries no obs column 'celltype' \(label_key\). It has: batch, cell_type"):
         reference.map(atlas.query, label_key="celltype")
