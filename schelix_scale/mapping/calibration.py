@@ -14,7 +14,7 @@ from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.mapping.expression import Shared
 from schelix_scale.mapping.held_out import hold_out
 from schelix_scale.mapping.kin import SIZES, KinScores, Usual, less
-from schelix_scale.mapping.odd_votes import ENOUGH, odd_elsewhere, oddest, votes_within
+from schelix_scale.mapping.odd_votes import ENOUGH, odd_elsewhere, oddest, often, votes_within
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.transfer import (
@@ -211,7 +211,11 @@ def calibrate(
     held_out = hold_out(frozen, settings, threads, advance)
     batch_s = held_out.batch
     elsewhere_s = np.full(len(batch_s), len(frozen.batch_n))  # of a cell without labels nothing says that it is rare
-    fitted, said = [], []
+    fitted, said, often_s = [], [], np.ones(len(batch_s))
+    for batch in np.unique(batch_s):
+        mine = batch_s == batch
+        near, far = held_out.indices[mine], held_out.distances[mine]
+        often_s[mine] = often(labels, frozen.profiles, near, far, int(batch))
     for column in labels:
         true_s = column.code_n[held_out.rows]
         count_s = _elsewhere(column.code_n, frozen.batch_n, true_s, batch_s)
@@ -232,7 +236,7 @@ def calibrate(
         said.append(odd_elsewhere(fit, votes, near, true_s, batch_s, chosen, within))
         fitted.append(fit)
     seen_s = _not_novel(elsewhere_s, batch_s, min(frozen.config.graph.k, VOTERS) // 2)
-    (without, with_labels), usual = held_out.with_kin(oddest(said, len(batch_s)))
+    (without, with_labels), usual = held_out.with_kin(oddest(said, len(batch_s)), often_s)
     known_s = held_out.expressed if held_out.expressed.any() else np.ones(len(batch_s), bool)
     seen_s = seen_s & known_s if (seen_s & known_s).any() else known_s
     novelty = KinCalibration.fit(with_labels[:, seen_s], batch_s[seen_s])

@@ -30,7 +30,7 @@ from schelix_scale.mapping.evidence import Evidence, mean_around, whitened
 from schelix_scale.mapping.expression import pool_in_common
 from schelix_scale.mapping.kin import KinScores, Pool, likely_known, spread_of
 from schelix_scale.mapping.novelty import NEIGHBORS
-from schelix_scale.mapping.odd_votes import oddest_votes
+from schelix_scale.mapping.odd_votes import oddest_votes, often
 from schelix_scale.mapping.query import (
     BLOCK,
     CORRECTED,
@@ -248,7 +248,7 @@ def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration)
             likely_known(own),
         )
         by_row = np.argsort(rows)
-        left = calibration.shared.of_pool(common)[by_row]
+        left = calibration.shared.of_pool(common, often(labels, frozen.profiles, *parts[2:]))[:, by_row]
         most, usual = max(calibration.most), calibration.usual
         pools[code] = Pool.of_cells(rows[by_row], parts[0][by_row], own[by_row], most, usual, spread, left)
         return len(rows)

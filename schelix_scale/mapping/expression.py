@@ -35,15 +35,21 @@ class Shared:
 
     usual_z: np.ndarray
 
-    def of_pool(self, common_pz: np.ndarray) -> np.ndarray:
-        """Return 2 log(1 + t / u), (p,), of what is in common, t (p, z), and usually is, u; 0 where nothing is.
+    def of_pool(self, common_pz: np.ndarray, often_p: np.ndarray) -> np.ndarray:
+        """Return 2 log(1 + t / u) and 2 log(1 + f^2 t / u), (2, p), 0 where nothing is in common.
 
-        The most kin count, the last column; without any all are 0.
+        Parameters
+        ----------
+        common_pz
+            What is in common, t (p, z): the most kin count, the last column. Without any all are 0.
+        often_p
+            f, how far cells of the label that a cell would get can be all of its neighbours, see `odd_votes.often`.
         """
         size = common_pz.shape[1] - 1
         if size < 0:
-            return np.zeros(len(common_pz))
-        return np.asarray(WEIGHT * np.log1p(np.maximum(common_pz[:, size], 0.0) / self.usual_z[size]))
+            return np.zeros((2, len(common_pz)))
+        share = np.maximum(common_pz[:, size], 0.0) / self.usual_z[size]
+        return np.asarray(WEIGHT * np.log1p(np.stack([share, often_p**2 * share])))
 
 
 def pool_in_common(

@@ -73,23 +73,26 @@ class HeldOut:
     common_of: Sequence[np.ndarray]
     expressed: np.ndarray
 
-    def with_kin(self, odd_s: np.ndarray) -> tuple[np.ndarray, Usual]:
+    def with_kin(self, odd_s: np.ndarray, often_s: np.ndarray) -> tuple[np.ndarray, Usual]:
         """How novel cells and their kin are, (2, 5, s) without and with what labels say; and what is usual of batches.
 
         Parameters
         ----------
         odd_s
             How odd the cells' votes are, see `odd_votes.oddest`.
+        often_s
+            How far cells of their labels can be all around them, see `odd_votes.often`.
         """
         rows, raw, own = self.rows, self.raw, Evidence.of_cells(self.score, odd_s, self.way)
-        left_of = [self.shared.of_pool(common) for common in self.common_of]
+        parts = zip(self.kin_of, self.common_of, strict=True)
+        left_of = [self.shared.of_pool(common, often_s[kin]) for kin, common in parts]
         pools = zip(self.kin_of, left_of, strict=True)
         usual = _usual(
-            [Pool.of_cells(rows[kin], raw[kin], own[kin], left_p=left) for kin, left in pools], self.spread_b
+            [Pool.of_cells(rows[kin], raw[kin], own[kin], left_cp=left) for kin, left in pools], self.spread_b
         )
         scores = np.full((2, len(SIZES), len(rows)), np.nan)
         for mine, kin, left, spread in zip(self.cells_of, self.kin_of, left_of, self.spread_b, strict=True):
-            among = Pool.of_cells(rows[kin], raw[kin], own[kin], usual=usual, spread=spread, left_p=left)
+            among = Pool.of_cells(rows[kin], raw[kin], own[kin], usual=usual, spread=spread, left_cp=left)
             scores[:, : among.size + 1, mine] = among.scores(rows[mine], raw[mine], own[mine])
         return scores, usual
 

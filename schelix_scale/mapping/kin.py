@@ -77,8 +77,8 @@ class Pool:
         number of kin up to ``size``: as far as the batch tells it. 0 of single cells.
     size
         Which of `SIZES` its cells are looked at with: 15 cells, or fewer in a pool of less than 105, where kin are few.
-    left_p
-        (p,) what the expression of each of them and its kin adds to how novel it is, see `expression.Shared`.
+    left_cp
+        (2, p) what the expression of each of them and its kin adds to its scores, see `expression.Shared`.
     """
 
     rows: np.ndarray
@@ -87,7 +87,7 @@ class Pool:
     usual_way_d: np.ndarray
     usual_cz: np.ndarray
     size: int
-    left_p: np.ndarray
+    left_cp: np.ndarray
 
     @classmethod
     def of_cells(
@@ -98,7 +98,7 @@ class Pool:
         most: int = len(SIZES) - 1,
         usual: Usual | None = None,
         spread: float = np.inf,
-        left_p: np.ndarray | None = None,
+        left_cp: np.ndarray | None = None,
     ) -> Pool:
         """Make a pool of cells (p,), ascending.
 
@@ -109,11 +109,11 @@ class Pool:
         usual, spread
             What is usual in other batches, and in how many clusters this one lies: without them the batch is taken to
             tell what it is as a whole.
-        left_p
+        left_cp
             What their expression adds; nothing by default.
         """
         size = min(most, int(np.searchsorted(SIZES, len(rows) // SHARE, side="right")) - 1) if len(rows) >= ALONE else 0
-        left = np.zeros(len(rows)) if left_p is None else left_p
+        left = np.zeros((2, len(rows))) if left_cp is None else left_cp
         found = cls(rows, unit_rows(raw_pd), own, np.zeros(own.way_md.shape[1]), np.zeros((2, size + 1)), size, left)
         if size == 0:
             return found
@@ -144,11 +144,12 @@ class Pool:
             score, way = own.score_cm[:, start:stop], own.way_md[start:stop]
             near = self._nearest(rows[start:stop], raw_md[start:stop], sizes[-1] - 1)
             if self.size:
-                score = score + self.left_p[near[:, :AROUND]].mean(axis=1)
+                score = score + self.left_cp[:, near[:, :AROUND]].mean(axis=2)
             out[:, 0, start:stop] = together(score, way, 1)
             for place, k in enumerate(sizes[1:], 1):
                 kin = near[:, : k - 1]
-                theirs = np.sort(self.own.score_cm[:, kin] + self.left_p[kin], axis=2).sum(axis=2)  # in no one's order
+                of_kin = self.own.score_cm[:, kin] + self.left_cp[:, kin]
+                theirs = np.sort(of_kin, axis=2).sum(axis=2)  # sorted: no order decides a digit
                 away = way + self.own.way_md[kin].sum(axis=1, dtype=np.float64)  # exact: see `evidence.STEPS`
                 out[:, place, start:stop] = together((score + theirs) / k, away / k - self.usual_way_d, k)
         return np.asarray(out - self.usual_cz[..., None])

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from schelix_scale.graph.vectors import unit_rows
+from schelix_scale.mapping.profiles import NEIGHBORS, Profiles
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.transfer import NOT_LABELLED, LabelCalibration, Labels, batch_weights, usual_votes, vote
 
@@ -34,6 +35,40 @@ def odd_votes(fit: LabelCalibration, votes_ml: np.ndarray, code_mk: np.ndarray) 
     Of a cell none of whose neighbours has a label (code -1) nothing is said: -inf.
     """
     return np.where((code_mk != NOT_LABELLED).any(axis=1), fit.oddness(votes_ml), -np.inf)
+
+
+def often(
+    labels: Sequence[Labels],
+    profiles: Profiles,
+    indices_mk: np.ndarray,
+    distances_mk: np.ndarray,
+    batch: int | None = None,
+) -> np.ndarray:
+    """Return how far the 30 neighbours of cells can all be of the label that most votes are for, (m,).
+
+    1, or less where fewer of the profiles have it: expression of such a type is held beside that of others, and is not
+    what is around it however well it is known. Of several columns the least counts.
+
+    Parameters
+    ----------
+    indices_mk, distances_mk
+        (m, k) neighbours in the reference.
+    batch
+        That whose cells are left out.
+    """
+    rows = profiles.rows if batch is None else profiles.rows[profiles.batch_p != batch]
+    least = np.ones(len(indices_mk))
+    for column in labels:
+        code = column.code_n[rows]
+        labelled = code != NOT_LABELLED
+        if not labelled.any():
+            continue
+        count = np.bincount(code[labelled], minlength=len(column.names)) / labelled.mean()
+        near = column.code_n[indices_mk]
+        top = vote(distances_mk, near, len(column.names)).argmax(axis=1)
+        voted = (near != NOT_LABELLED).any(axis=1)
+        least = np.minimum(least, np.where(voted, count[top] / NEIGHBORS, 1.0))
+    return least
 
 
 def odd_elsewhere(

@@ -83,8 +83,8 @@ class Profiles:
 
     Attributes
     ----------
-    batch_p
-        (p,) batch codes.
+    rows, batch_p
+        (p,) which cells of the reference they are, and their batches.
     unit_pa
         (p, a) corrected Anchor components, scaled to norm 1.
     x_ph
@@ -97,6 +97,7 @@ class Profiles:
         (p,) groups of cells and (g, h) bool, which genes each group measured; None: all were in all.
     """
 
+    rows: np.ndarray
     batch_p: np.ndarray
     unit_pa: np.ndarray
     x_ph: sparse.csr_matrix
@@ -114,7 +115,7 @@ class Profiles:
             drawn = np.random.default_rng([seed, 0xE59]).choice(cells, CELLS, replace=False)
             sketch = sketch.of_cells(np.sort(drawn))
         unit, x, known = unit_rows(anchor_na[sketch.rows]), scaling(sketch.x_ng), sketch.measured
-        found = cls(sketch.batch_n, unit, x, np.ones(x.shape[1]), np.zeros(0, int), np.zeros((0, 0), int))
+        found = cls(sketch.rows, sketch.batch_n, unit, x, np.ones(x.shape[1]), np.zeros(0, int), np.zeros((0, 0), int))
         if known is not None:
             found = replace(found, group_p=known.group_n, known_gh=known.measured_pg[:, scaling.genes])
         return found._weighed()

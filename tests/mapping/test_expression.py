@@ -28,11 +28,13 @@ from schelix_scale.mapping.expression import (
     usual_common,
 )
 from schelix_scale.mapping.held_out import hold_out
+from schelix_scale.mapping.odd_votes import often
 from schelix_scale.mapping.profiles import Around, Profiles, Scaling
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.progress import QuietReporter
 from schelix_scale.stores.base import Measured
 from schelix_scale.stores.values import ValueDecision
+from schelix_scale.transfer import Labels
 from tests.mapping.conftest import NOVEL, SETTINGS, Atlas
 from tests.synthetic import dense_log_normalize
 
@@ -237,15 +239,45 @@ def test_how_far_neighbours_are_mixed() -> None:
     assert (one.mixed(alone, 0) == 1).all()
 
 
+def test_types_with_few_cells_are_not_held_beside_others(reference: Reference) -> None:
+    """Of 30 neighbours no more can be of a label than there are cells of it among the profiles."""
+    profiles, n = reference.frozen.profiles, reference.frozen.n_cells
+    rng = RNG(14)
+    code = rng.choice(3, n, p=[0.93, 0.05, 0.02]).astype(np.int32)
+    code[:50] = -1
+    column = Labels("type", ("a", "b", "c"), code)
+    near = np.array([np.flatnonzero(code == 0)[:15], np.flatnonzero(code == 1)[:15], np.arange(15), np.arange(15)])
+    near[3, 0] = np.flatnonzero(code == 2)[0]
+    far = np.tile(np.linspace(0.1, 0.5, 15), (4, 1))
+    known = n / (n - 50)  # what is not labelled is taken for the same mixture
+    for batch in (None, 1):
+        there = reference.frozen.batch_n != batch if batch is not None else np.ones(n, bool)
+        known = there.sum() / (there & (code >= 0)).sum()
+        few, fewer = ((there & (code == label)).sum() * known / 30 for label in (1, 2))
+        assert fewer < min(few, 1)
+        found = often([column], profiles, near, far, batch)
+        np.testing.assert_allclose(found, [1, min(few, 1), 1, fewer])
+    other = Labels("other", ("x", "y"), np.zeros(n, np.int32))
+    none = Labels("none", ("x", "y"), np.full(n, -1, np.int32))
+    np.testing.assert_array_equal(
+        often([other, column, none], profiles, near, far), often([column], profiles, near, far)
+    )
+    np.testing.assert_array_equal(often([], profiles, near, far), np.ones(4))
+
+
 def test_usual_is_the_mean_of_medians_of_batches() -> None:
     parts = [np.array([[1.0, -4.0], [-3.0, 2.0], [2.0, 6.0]]), np.array([[4.0], [6.0]]), np.zeros((9, 0))]
     np.testing.assert_allclose(usual_common(parts), [3.5, 4.0, 4.0])
     for nothing in (np.zeros((9, 0)), np.zeros((9, 3))):
-        assert (Shared(usual_common([nothing])).of_pool(np.array([[1.0, 5.0]])) == 0).all(), "that tells nothing"
+        assert (Shared(usual_common([nothing])).of_pool(np.array([[1.0, 5.0]]), np.ones(1)) == 0).all(), (
+            "that tells nothing"
+        )
     shared = Shared(np.array([3.5, 4.0, 4.0]))
-    np.testing.assert_allclose(shared.of_pool(parts[0]), 2 * np.log1p(np.array([0, 0.5, 1.5])))
-    np.testing.assert_allclose(shared.of_pool(parts[1]), 2 * np.log1p(np.array([4, 6]) / 3.5))
-    assert (shared.of_pool(parts[2]) == 0).all()
+    often = np.array([1, 0.5, 0.2])
+    expected = 2 * np.log1p(np.array([[0, 0.5, 1.5], [0, 0.125, 0.06]]))
+    np.testing.assert_allclose(shared.of_pool(parts[0], often), expected)
+    np.testing.assert_allclose(shared.of_pool(parts[1], often[:2])[0], 2 * np.log1p(np.array([4, 6]) / 3.5))
+    assert (shared.of_pool(parts[2], np.ones(9)) == 0).all()
 
 
 @pytest.mark.parametrize(("cells", "columns"), [(27, 0), (28, 1), (55, 1), (56, 2), (104, 2), (105, 3)])

@@ -209,17 +209,20 @@ def test_a_batch_in_few_clusters_tells_nothing_of_a_batch() -> None:
 
 def test_expression_counts_for_a_cell_as_for_those_most_like_it() -> None:
     raw, own = made_up(21, 300)
-    left = np.random.default_rng(22).exponential(size=300)
+    both = np.random.default_rng(22).exponential(size=(2, 300))
+    left = both[0]
     rows = np.arange(300)
     near = np.argsort(-cosine_similarity(raw) + 9 * np.eye(300), axis=1)[:, :15]
     scores = own.score_cm[0] + left[near[:, :3]].mean(axis=1)
     way = own.way_md - np.median(own.way_md[own.score_cm[0] <= np.median(own.score_cm[0])], axis=0)
-    found = Pool.of_cells(rows, raw, own, left_p=left).scores(rows, raw, own)
+    found = Pool.of_cells(rows, raw, own, left_cp=both).scores(rows, raw, own)
     np.testing.assert_allclose(found[0, 0], scores + np.log((own.way_md**2).sum(axis=1)), atol=1e-3)
     of_kin = own.score_cm[0] + left
     theirs = np.array([scores[cell] + of_kin[near[cell, :7]].sum() for cell in rows]) / 8
     length = np.array([np.log(8 * (way[[cell, *near[cell, :7]]].mean(axis=0) ** 2).sum()) for cell in rows])
     np.testing.assert_allclose(found[0, 3], theirs + length - np.quantile(theirs + length, 0.25), atol=1e-3)
+    other = Pool.of_cells(rows, raw, own, left_cp=both[::-1]).scores(rows, raw, own)
+    np.testing.assert_array_equal(found[1], other[0], "labels say nothing else here")
 
 
 def test_clusters_are_counted() -> None:
@@ -292,7 +295,7 @@ def test_held_out_cells_have_kin_in_their_batch(reference: Reference) -> None:
     frozen: Frozen = reference.frozen
     held_out = hold_out(frozen, MapConfig())
     held_out = replace(held_out, common_of=[common[:, :0] for common in held_out.common_of])  # expression is silent
-    rows, (scores, _) = held_out.rows, held_out.with_kin(np.zeros(len(held_out.rows)))
+    rows, (scores, _) = held_out.rows, held_out.with_kin(*np.zeros((2, len(held_out.rows))))
     batch, raw = frozen.batch_n[rows], np.asarray(frozen.raw_na[rows])
     assert held_out.pool >= np.bincount(batch).max(), "all are in the pool, for this to be told"
     of_batch = [rows[batch == code] for code in np.unique(batch)]

@@ -14,10 +14,11 @@ from scipy.stats import entropy
 from sklearn.metrics.pairwise import cosine_distances
 
 from schelix_scale import Reference
+from schelix_scale.mapping import odd_votes as odd_votes_module
 from schelix_scale.mapping.calibration import LEAST, calibrate
 from schelix_scale.mapping.held_out import hold_out
 from schelix_scale.mapping.kin import KinScores
-from schelix_scale.mapping.odd_votes import odd_elsewhere, odd_votes, oddest, votes_within
+from schelix_scale.mapping.odd_votes import odd_elsewhere, odd_votes, oddest, often, votes_within
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.transfer import LabelCalibration, Labels, usual_votes, vote
 from tests.mapping.conftest import Atlas
@@ -160,13 +161,31 @@ def test_labels_tell_of_a_type_between_two(reference: Reference, atlas: Atlas, t
 def test_held_out_cells_tell_what_labels_say(reference: Reference) -> None:
     held_out = hold_out(reference.frozen, MapConfig())
     odd = np.random.default_rng(0).exponential(size=len(held_out.rows))
-    (without, told), usual = held_out.with_kin(odd)
+    every = np.ones(len(odd))
+    (without, told), usual = held_out.with_kin(odd, every)
     np.testing.assert_allclose(told[0] - without[0], 3 * odd)
-    np.testing.assert_array_equal(without, held_out.with_kin(odd * 0)[0][1])
+    np.testing.assert_array_equal(without, held_out.with_kin(odd * 0, every)[0][1])
     assert (usual.score_cz[1, 1:] > usual.score_cz[0, 1:]).all()
+    silent = held_out.with_kin(odd * 0, every * 0)[0]
+    np.testing.assert_array_equal(silent[0], without, "without labels none is rare")
+    assert (silent[1, 0] < without[0]).mean() > 0.5, "expression of cells whose labels are rare does not count"
 
 
-def test_novelty_is_calibrated_on_held_out_cells_and_their_votes(reference: Reference) -> None:
+def test_expression_counts_less_where_labels_are_rare(atlas: Atlas, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = []
+    for asked in (30, 1e9):  # cells that a label has at least, to be none that is rare
+        monkeypatch.setattr(odd_votes_module, "NEIGHBORS", asked)
+        found = Reference.open(atlas.run).map(atlas.known, batch_key="batch", label_key="cell_type")
+        scores.append(found.obs["schelix_novelty"].to_numpy())
+    common, rare = scores
+    assert (rare <= common).all()
+    assert (rare < common - 0.1).mean() > 0.5
+
+
+def test_novelty_is_calibrated_on_held_out_cells_and_their_votes(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(odd_votes_module, "NEIGHBORS", 300)  # all labels are rare
     frozen, rng = reference.frozen, np.random.default_rng(6)
     columns, held_out, said = frozen.labels(("side", "cell_type")), hold_out(frozen, MapConfig()), []
     for column in columns:  # a tenth of the labels are wrong, so that votes are mixed
@@ -178,7 +197,12 @@ def test_novelty_is_calibrated_on_held_out_cells_and_their_votes(reference: Refe
         votes = vote(held_out.distances, near, len(column.names))
         within = votes_within(frozen, column)
         said.append(odd_elsewhere(fit, votes, near, true, held_out.batch, np.arange(len(true)), within))
-    (without, told), _ = held_out.with_kin(np.maximum(*said))
+    often_s = np.ones(len(held_out.rows))
+    for code in np.unique(held_out.batch):
+        mine = held_out.batch == code
+        near = held_out.indices[mine], held_out.distances[mine]
+        often_s[mine] = often(columns, frozen.profiles, *near, int(code))
+    (without, told), _ = held_out.with_kin(np.maximum(*said), often_s)
     for calibration, scores in ((found.unlabelled, without), (found.novelty, told)):
         for part, of_size in zip(calibration.sizes, scores, strict=True):
             np.testing.assert_allclose(part.scores_s, np.sort(of_size), atol=1e-9)
