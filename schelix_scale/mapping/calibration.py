@@ -237,8 +237,8 @@ def calibrate(
         fitted.append(fit)
     seen_s = _not_novel(elsewhere_s, batch_s, min(frozen.config.graph.k, VOTERS) // 2)
     (without, with_labels), usual = held_out.with_kin(oddest(said, len(batch_s)), often_s)
-    known_s = held_out.expressed if held_out.expressed.any() else np.ones(len(batch_s), bool)
-    seen_s = seen_s & known_s if (seen_s & known_s).any() else known_s
+    known_s = held_out.expressed
+    seen_s = seen_s & known_s if (seen_s & known_s).sum() >= LEAST else known_s
     novelty = KinCalibration.fit(with_labels[:, seen_s], batch_s[seen_s])
     unlabelled = KinCalibration.fit(without[:, known_s], batch_s[known_s])
     whitening, pool, shared = held_out.whitening, held_out.pool, held_out.shared

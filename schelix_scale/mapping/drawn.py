@@ -42,6 +42,7 @@ class Drawing:
         self._count, self._genes = count, genes
         self._order = [np.zeros(0, np.uint64)] * batches
         self._rows = [np.zeros(0, np.int64)] * batches
+        self._last = np.full(batches, np.iinfo(np.uint64).max, np.uint64)  # of those that are kept: falls, never rises
         self._spill, self._lock = Spill(folder, "drawn"), Lock()
 
     def __enter__(self) -> Self:
@@ -70,22 +71,25 @@ class Drawing:
         seen_m
             Which of them may be drawn.
         """
-        batches = np.unique(batch_m[seen_m])
+        maybe = np.flatnonzero(seen_m & (order_m <= self._last[batch_m]))
+        maybe = maybe[np.argsort(batch_m[maybe], kind="stable")]
+        of_batch = np.split(maybe, np.flatnonzero(np.diff(batch_m[maybe])) + 1) if len(maybe) else []
         with self._lock:
-            found = [self._among_first(batch, rows, (batch_m == batch) & seen_m, order_m) for batch in batches]
+            found = [self._among_first(int(batch_m[mine[0]]), rows, mine, order_m) for mine in of_batch]
         kept = np.sort(np.concatenate([np.zeros(0, np.int64), *found]))
         if len(kept):
             x_kh = x_mg[kept][:, self._genes]
             with self._lock:
                 self._spill.append(rows[kept], x_kh)
 
-    def _among_first(self, batch: int, rows: np.ndarray, mine_m: np.ndarray, order_m: np.ndarray) -> np.ndarray:
+    def _among_first(self, batch: int, rows: np.ndarray, mine: np.ndarray, order_m: np.ndarray) -> np.ndarray:
         """Take up the cells of a batch that are among its first so far; return their places."""
-        mine = np.flatnonzero(mine_m)
         order = np.r_[self._order[batch], order_m[mine]]
         numbers = np.r_[self._rows[batch], rows[mine]]
         first = np.lexsort((numbers, order))[: self._count]
         self._order[batch], self._rows[batch] = order[first], numbers[first]
+        if len(first) == self._count:
+            self._last[batch] = order[first[-1]]
         new = first[first >= len(order) - len(mine)] - (len(order) - len(mine))
         return np.asarray(mine[new])
 

@@ -246,6 +246,7 @@ def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration)
             unit_rows(parts[1]),
             parts[0],
             likely_known(own),
+            frozen.told(parts[2]),
         )
         by_row = np.argsort(rows)
         left = calibration.shared.of_pool(common, often(labels, frozen.profiles, *parts[2:]))[:, by_row]

@@ -59,6 +59,7 @@ def pool_in_common(
     unit_pa: np.ndarray,
     raw_pa: np.ndarray,
     likely_p: np.ndarray,
+    told_p: np.ndarray,
     batch: int | None = None,
 ) -> np.ndarray:
     """Return what is left over of cells of one batch and their kin have in common, (p, z).
@@ -73,6 +74,9 @@ def pool_in_common(
         Their Anchor components: corrected, of norm 1; and uncorrected, by which they are kin.
     likely_p
         Which of them are probably not novel.
+    told_p
+        (p,) which share of the cells around them, of the whole reference, are of batches that the profiles have: where
+        a run was extended, its new batches may have a type that these do not.
     batch
         That of the reference whose cells they are, if they are held out.
 
@@ -87,9 +91,14 @@ def pool_in_common(
     known = around.known_mh
     if known_ph is not None:
         known = known_ph if known is None else known & known_ph
-    left = left_over(own_ph.toarray(), around.mean_mh, known, likely_p) * profiles.weight_h.astype(np.float32)
-    left *= profiles.mixed(around, batch)[:, None].astype(np.float32)
-    return in_common(left, nearest_kin(unit_rows(raw_pa), max(sizes) - 1), sizes)
+    weight = profiles.weight_h.astype(np.float32)
+    left = left_over(own_ph.toarray(), around.mean_mh, known, likely_p) * weight
+    product = left @ left.T - of_noise(left, around.mean_mh, known, likely_p)
+    counts_p = profiles.mixed(around, batch) * told_p
+    product *= np.outer(counts_p, counts_p)
+    same = np.unique(unit_pa, axis=0, return_inverse=True)[1].ravel()
+    product[same[:, None] == same] = 0.0  # copies of a cell, and a cell and itself, share their noise
+    return in_common(product, nearest_kin(unit_rows(raw_pa), max(sizes) - 1), sizes)
 
 
 def left_over(
@@ -113,14 +122,38 @@ def left_over(
     known = np.ones(1, bool) if known_ph is None else known_ph
     left = (own_ph - around_ph) * known
     left -= _mean(left, known_ph, likely_p) * known
-    spread = (around_ph - _mean(around_ph * known, known_ph, slice(None))) * known
-    square_h = (spread**2).sum(axis=0)
-    mean = square_h.sum() / (left.size if known_ph is None else max(int(known_ph.sum()), 1))
-    left -= spread * ((spread * left).sum(axis=0) / (square_h + CALM * mean + TINY))
+    spread, square_h = _spread(around_ph, known_ph)
+    left -= spread * ((spread * left).sum(axis=0) / square_h)
     left -= _mean(left, known_ph, likely_p) * known
     if known_ph is not None:
         left *= np.sqrt(known_ph.shape[1] / np.maximum(known_ph.sum(axis=1, keepdims=True), 1)).astype(np.float32)
     return np.asarray(left)
+
+
+def of_noise(
+    left_ph: np.ndarray, around_ph: np.ndarray, known_ph: np.ndarray | None, likely_p: np.ndarray
+) -> np.ndarray:
+    """Return what products (p, p) of what is left of two cells are in the mean if it is noise; of a cell itself: 0.
+
+    Not 0, since means and slopes were fitted to the same cells: the fewer these are, the more. As far as terms of
+    one over their number go.
+    """
+    variance_h = (left_ph.astype(np.float64) ** 2).mean(axis=0)
+    spread, square_h = _spread(around_ph, known_ph)
+    scaled = spread * np.sqrt(variance_h / square_h).astype(np.float32)
+    mean_pp = (1.0 - likely_p[:, None] - likely_p) / max(int(likely_p.sum()), 1) * variance_h.sum()
+    found = mean_pp - scaled @ scaled.T
+    np.fill_diagonal(found, 0.0)
+    return np.asarray(found)
+
+
+def _spread(around_ph: np.ndarray, known_ph: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return neighbours' expression less its mean (p, h), and its sum of squares (h,) that slopes are divided by."""
+    known = np.ones(1, bool) if known_ph is None else known_ph
+    spread = (around_ph - _mean(around_ph * known, known_ph, slice(None))) * known
+    square_h = (spread**2).sum(axis=0)
+    mean = square_h.sum() / (spread.size if known_ph is None else max(int(known_ph.sum()), 1))
+    return spread, square_h + CALM * mean + TINY
 
 
 def _mean(x_ph: np.ndarray, known_ph: np.ndarray | None, rows: np.ndarray | slice) -> np.ndarray:
@@ -130,20 +163,19 @@ def _mean(x_ph: np.ndarray, known_ph: np.ndarray | None, rows: np.ndarray | slic
     return np.asarray(x_ph[rows].sum(axis=0) / np.maximum(known_ph[rows].sum(axis=0), 1).astype(np.float32))
 
 
-def in_common(left_ph: np.ndarray, kin_pk: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
-    """Return how much of what is left over cells have in common with their kin, (p, z).
-
-    That is the mean product of what is left of two different ones of a cell and its kin, summed over genes: of noise it
-    is 0 in the mean, however much there is.
+def in_common(product_pp: np.ndarray, kin_pk: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Return how much cells have in common with their kin, (p, z): the mean over pairs of a cell and its kin.
 
     Parameters
     ----------
+    product_pp
+        What two cells have in common: the product of what is left of them, summed over genes. Of noise it is 0 in the
+        mean, however much there is, but for two that are the same.
     kin_pk
         Places of each cell's kin among these cells, nearest first; the cell itself is not its own.
     sizes
         How many cells are taken together, one of them the cell itself.
     """
-    product_pp = left_ph @ left_ph.T
     every = np.c_[np.arange(len(kin_pk)), kin_pk]
     pairs = product_pp[every[:, :, None], every[:, None, :]].astype(np.float64)
     pairs[:, np.arange(every.shape[1]), np.arange(every.shape[1])] = 0.0

@@ -27,6 +27,7 @@ from schelix_scale.scheduling import run_tasks
 
 EXACT_BELOW = 60_000
 WIDER = 6
+LEAST_BATCHES = 3  # of which expression is known, if there are so many
 FIT_CELLS = 2_000
 LEAST_OF_BATCH = 400  # held-out cells, if it has them: kin among fewer are not alike
 
@@ -54,7 +55,8 @@ class HeldOut:
     common_of
         Of each batch: what the expression of `kin_of` has in common, see `expression.pool_in_common`.
     expressed
-        (s,) whether the batch's expression is known: not of batches that a run was extended by.
+        (s,) whether the batch's expression is known, and may calibrate: not of batches that a run was extended by.
+        Where that is so of too few batches expression tells nothing, and all may.
     """
 
     rows: np.ndarray
@@ -86,10 +88,12 @@ class HeldOut:
         rows, raw, own = self.rows, self.raw, Evidence.of_cells(self.score, odd_s, self.way)
         parts = zip(self.kin_of, self.common_of, strict=True)
         left_of = [self.shared.of_pool(common, often_s[kin]) for kin, common in parts]
-        pools = zip(self.kin_of, left_of, strict=True)
-        usual = _usual(
-            [Pool.of_cells(rows[kin], raw[kin], own[kin], left_cp=left) for kin, left in pools], self.spread_b
-        )
+        pools = [
+            Pool.of_cells(rows[kin], raw[kin], own[kin], left_cp=left)
+            for kin, left in zip(self.kin_of, left_of, strict=True)
+            if self.expressed[kin].all()
+        ]
+        usual = _usual(pools, self.spread_b)
         scores = np.full((2, len(SIZES), len(rows)), np.nan)
         for mine, kin, left, spread in zip(self.cells_of, self.kin_of, left_of, self.spread_b, strict=True):
             among = Pool.of_cells(rows[kin], raw[kin], own[kin], usual=usual, spread=spread, left_cp=left)
@@ -109,11 +113,13 @@ def hold_out(
     """
     rng = np.random.default_rng([frozen.config.seed, 0xCA1])
     batches, sizes = np.unique(frozen.batch_n, return_counts=True)
+    sketch, share = frozen.sketch(), held_out_cells(len(batches), settings)
+    sketched = np.bincount(sketch.batch_n, minlength=int(batches[-1]) + 1)[batches] >= np.minimum(share, sizes)
     if len(batches) > settings.calibration_batches:
-        drawn = np.sort(rng.choice(len(batches), settings.calibration_batches, replace=False))
+        order = rng.permutation(len(batches))
+        order = order[np.argsort(~sketched[order], kind="stable")]  # those of which expression is known first
+        drawn = np.sort(order[: settings.calibration_batches])
         batches, sizes = batches[drawn], sizes[drawn]
-    share = held_out_cells(len(batches), settings)
-    sketch = frozen.sketch()
     chosen: list[tuple[np.ndarray, np.ndarray]] = []
     for batch, size in zip(batches.tolist(), sizes, strict=True):
         cells = np.flatnonzero(frozen.batch_n == batch)
@@ -149,10 +155,9 @@ def hold_out(
     score, way = frozen.novelty(raw, corrected, around, distances, width), whitened(ways, whitening_dd)
     kin_of = [np.sort(rng.choice(mine, min(pool, len(mine)), replace=False)) for mine in cells_of]
     spread_b = [spread_of(frozen.clusters.weights(corrected[kin])) for kin in kin_of]
-    shared, common_of = _in_common(frozen, sketch, rows, raw, corrected, score, kin_of, threads)
-    expressed = np.zeros(len(rows), bool)
-    for mine, kin in zip(cells_of, kin_of, strict=True):
-        expressed[mine] = np.isin(rows[kin], sketch.rows).all()
+    told = frozen.told(indices)
+    shared, common_of, known_of = _in_common(frozen, sketch, rows, raw, corrected, score, told, kin_of, threads)
+    expressed = np.repeat(known_of, [len(mine) for mine in cells_of])  # batches are one after the other
     return HeldOut(
         rows,
         batch,
@@ -183,9 +188,12 @@ def pool_size(frozen: Frozen, settings: MapConfig) -> int:
 
 
 def _expressed(fit: np.ndarray, cells: np.ndarray, sketched: np.ndarray, share: int) -> np.ndarray:
-    """Return the cells of a batch of which some are held out: of the sketch, if that has cells of the batch."""
+    """Return the cells of a batch of which some are held out: of the sketch, if that has as many as are asked for.
+
+    Kin among fewer than a new batch has are not as alike.
+    """
     known = cells[np.isin(cells, sketched)]
-    if len(known) < min(ALONE, len(cells)):
+    if len(known) < min(share, len(cells)):
         return fit
     both = fit[np.isin(fit, known)]
     return both if len(both) >= min(share, len(known)) else known
@@ -198,28 +206,38 @@ def _in_common(
     raw: np.ndarray,
     corrected: np.ndarray,
     score: np.ndarray,
+    told: np.ndarray,
     kin_of: Sequence[np.ndarray],
     threads: int,
-) -> tuple[Shared, list[np.ndarray]]:
-    """Return what the expression of each batch's kin has in common, and what is usual of it."""
+) -> tuple[Shared, list[np.ndarray], np.ndarray]:
+    """Return what is usual of what the expression of kin has in common, what of each batch, and of which it is known.
+
+    Where that is so of less than three batches (or than there are), expression tells nothing, of new cells either.
+    """
     profiles = frozen.profiles
     found = [np.zeros((len(kin), 0)) for kin in kin_of]
+    known_b = np.zeros(len(kin_of), bool)
 
     def task(place: int) -> int:
         kin = kin_of[place]
         batch = int(frozen.batch_n[rows[kin[0]]])
-        there = np.searchsorted(sketch.rows, rows[kin]).clip(max=len(sketch.rows) - 1)
-        if (sketch.rows[there] == rows[kin]).all() and (profiles.batch_p != batch).sum() > PROFILED:
+        known_b[place] = np.isin(rows[kin], sketch.rows).all() and (profiles.batch_p != batch).sum() > PROFILED
+        if known_b[place]:
+            there = np.searchsorted(sketch.rows, rows[kin])
             known = None
             if sketch.measured is not None:
                 known = sketch.measured.measured_pg[sketch.measured.group_n[there]][:, frozen.scaling.genes]
             own, unit = frozen.scaling(sketch.x_ng[there]), unit_rows(corrected[kin])
             likely = score[kin] <= np.median(score[kin])
-            found[place] = pool_in_common(profiles, own, known, unit, raw[kin], likely, batch)
+            found[place] = pool_in_common(profiles, own, known, unit, raw[kin], likely, told[kin], batch)
         return len(kin)
 
     run_tasks(task, range(len(kin_of)), threads)
-    return Shared(usual_common(found)), found
+    large = np.array([len(kin) >= ALONE for kin in kin_of])
+    if (known_b & large).sum() < min(LEAST_BATCHES, large.sum()) or not known_b.any():
+        silent = [common[:, :0] for common in found]
+        return Shared(usual_common(silent)), silent, np.ones(len(kin_of), bool)
+    return Shared(usual_common(found)), found, known_b
 
 
 def _usual(pools: Sequence[Pool], spread_b: Sequence[float]) -> Usual:

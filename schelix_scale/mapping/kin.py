@@ -142,8 +142,9 @@ class Pool:
         out = np.empty((2, len(sizes), len(rows)))
         for start, stop in row_blocks(len(rows), BLOCK):
             score, way = own.score_cm[:, start:stop], own.way_md[start:stop]
-            near = self._nearest(rows[start:stop], raw_md[start:stop], sizes[-1] - 1)
-            if self.size:
+            left = bool(self.left_cp.any())
+            near = self._nearest(rows[start:stop], raw_md[start:stop], max(sizes[-1] - 1, AROUND * left))
+            if left:
                 score = score + self.left_cp[:, near[:, :AROUND]].mean(axis=2)
             out[:, 0, start:stop] = together(score, way, 1)
             for place, k in enumerate(sizes[1:], 1):

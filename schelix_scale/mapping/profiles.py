@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -68,13 +69,13 @@ class Around:
         (m, h) float32 mean expression, of each gene over the cells in which it was measured.
     known_mh
         (m, h) bool: which genes were measured in any; None if all were.
-    count_mb
-        (m, b) how many of them are of each batch.
+    batch_mk
+        (m, 30) their batches.
     """
 
     mean_mh: np.ndarray
     known_mh: np.ndarray | None
-    count_mb: np.ndarray
+    batch_mk: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Profiles:
         (p, h) CSR float32, see `Scaling`.
     weight_h
         (h,) what is left over of genes is multiplied by: one over the standard deviation among neighbours.
-    batch_s, count_sb
+    batch_s, around_sk
         Of some of the cells: their batch, and of which batches the cells around them are, see `Around`.
     group_p, known_gh
         (p,) groups of cells and (g, h) bool, which genes each group measured; None: all were in all.
@@ -103,7 +104,7 @@ class Profiles:
     x_ph: sparse.csr_matrix
     weight_h: np.ndarray
     batch_s: np.ndarray
-    count_sb: np.ndarray
+    around_sk: np.ndarray
     group_p: np.ndarray | None = None
     known_gh: np.ndarray | None = None
 
@@ -139,7 +140,7 @@ class Profiles:
             shape=(len(near), len(self.batch_p)),
         )
         sums = np.asarray((pick @ self.x_ph).toarray())
-        batches = counts(self.batch_p[near], int(self.batch_p.max()) + 1)
+        batches = self.batch_p[near]
         if self.group_p is None or self.known_gh is None:
             return Around(sums / np.float32(k), None, batches)
         of_group = counts(self.group_p[near], len(self.known_gh)).astype(np.float32)
@@ -152,15 +153,15 @@ class Profiles:
         Of how many batches they are is one over the chance that two of them are of the same. If a batch is left out,
         what is usual is what would be without its cells. Where the reference's own are always of one, 1.
         """
-        others = np.arange(self.count_sb.shape[1]) != (-1 if batch is None else batch)
-        of_others = self.count_sb[np.flatnonzero(self.batch_s != (-1 if batch is None else batch))][:, others]
-        told = same(of_others)
-        told = told[np.isfinite(told)]
-        usual = 1 / max(float(told.mean()), TINY) - 1 if len(told) else 0.0
+        usual = self._usual if batch is None else _usual(self.around_sk[self.batch_s != batch], batch)
         if usual < TINY:
-            return np.ones(len(around.count_mb))
-        found = 1 / np.maximum(np.nan_to_num(same(around.count_mb), nan=1.0), TINY) - 1
+            return np.ones(len(around.batch_mk))
+        found = 1 / np.maximum(np.nan_to_num(same(around.batch_mk), nan=1.0), TINY) - 1
         return np.asarray(np.clip(found / usual, 0.0, 1.0))
+
+    @cached_property
+    def _usual(self) -> float:
+        return _usual(self.around_sk)
 
     def _weighed(self) -> Profiles:
         """Return the same with what is measured on some of the cells: weights of genes, and batches around."""
@@ -173,13 +174,26 @@ class Profiles:
         variance = (left.astype(np.float64) ** 2).sum(axis=0)
         variance /= len(some) if known is None else np.maximum(known.sum(axis=0), 1)
         weight = 1 / np.sqrt(variance + LEAST * variance.mean() + TINY)
-        return replace(self, weight_h=np.asarray(weight), batch_s=self.batch_p[some], count_sb=around.count_mb)
+        return replace(self, weight_h=np.asarray(weight), batch_s=self.batch_p[some], around_sk=around.batch_mk)
 
 
-def same(count_mb: np.ndarray) -> np.ndarray:
-    """Return the chance that two different ones of counted cells are of the same batch, (m,); nan of less than two."""
-    n = count_mb.sum(axis=1)
-    pairs = (count_mb * (count_mb - 1)).sum(axis=1)
+def _usual(batch_sk: np.ndarray, without: int = -1) -> float:
+    """Return of how many batches cells usually are, less 1, if one is left out; 0 where that is not known."""
+    told = same(batch_sk, without)
+    told = told[np.isfinite(told)]
+    return 1 / max(float(told.mean()), TINY) - 1 if len(told) else 0.0
+
+
+def same(batch_mk: np.ndarray, without: int = -1) -> np.ndarray:
+    """Return the chance that two different ones of cells are of the same batch, (m,), those of one batch left out.
+
+    Not a number where less than two are left.
+    """
+    ordered = np.sort(batch_mk, axis=1)
+    kept = ordered != without
+    n, pairs = kept.sum(axis=1), np.zeros(len(ordered), np.int64)
+    for apart in range(1, ordered.shape[1]):  # equal ones are next to each other
+        pairs += 2 * ((ordered[:, apart:] == ordered[:, :-apart]) & kept[:, apart:]).sum(axis=1)
     return np.asarray(np.where(n > 1, pairs / np.maximum(n * (n - 1), 1), np.nan))
 
 

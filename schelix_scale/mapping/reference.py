@@ -169,6 +169,15 @@ class Frozen:
         """Cells of the sketch, beside whose expression that of new cells is held."""
         return Profiles.of_sketch(self.sketch(), self.scaling, self.anchor_na, self.config.seed)
 
+    def told(self, indices_mk: np.ndarray) -> np.ndarray:
+        """Return which share of cells (m, k) are of batches that the profiles have, (m,): not those of an extension."""
+        return np.asarray(self._profiled[self.batch_n[indices_mk]].mean(axis=1))
+
+    @cached_property
+    def _profiled(self) -> np.ndarray:
+        """Which batches the profiles have, (b,) bool."""
+        return np.isin(np.arange(int(self.batch_n.max()) + 1), self.profiles.batch_p)
+
     @cached_property
     def index(self) -> QueryIndex:
         """Neighbours among the reference's cells by corrected Anchors."""

@@ -1,0 +1,183 @@
+"""What is novel by its expression, of whole runs: which held-out cells calibrate it, and what a run does not know."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pytest
+from scipy import sparse
+
+from schelix_scale import Reference, extend, integrate, map_cells
+from schelix_scale.mapping import calibration, encode, query
+from schelix_scale.mapping import held_out as held_out_module
+from schelix_scale.mapping.expression import (
+    pool_in_common,
+)
+from schelix_scale.mapping.held_out import hold_out
+from schelix_scale.mapping.profiles import Profiles
+from schelix_scale.mapping.settings import MapConfig
+from schelix_scale.progress import QuietReporter
+from schelix_scale.stores.base import Measured
+from tests.mapping.conftest import NOVEL, SETTINGS, Atlas, cells
+from tests.mapping.test_profiles import RNG
+
+
+def test_what_a_type_has_beside_the_components_makes_it_novel(atlas: Atlas, tmp_path: Path) -> None:
+    """Two kinds of cells that have the same components, as far as the reference can tell: one has genes of its own.
+
+    The genes are noise in the reference, a tenth of those that it uses.
+    """
+    rng = RNG(11)
+    parts = [atlas.reference.X.toarray(), atlas.known.X.toarray()]
+    quiet = [np.concatenate([part, rng.poisson(3.0, (len(part), 40))], axis=1) for part in parts]
+    old, new = (
+        anndata.AnnData(sparse.csr_matrix(x.astype(np.float32)), obs=cells.obs.copy())
+        for x, cells in zip(quiet, (atlas.reference, atlas.known), strict=True)
+    )
+    integrate(old, batch_key="batch", out=tmp_path / "run", reporter=QuietReporter(), **SETTINGS)
+    mine = np.flatnonzero((new.obs["cell_type"] == "type1").to_numpy())
+    x_ng = new.X.toarray()
+    pattern = np.where(np.arange(40) % 2, 3.0, 1 / 3)
+    x_ng[np.ix_(mine, np.arange(40) + x_ng.shape[1] - 40)] = rng.poisson(3.0 * pattern, (len(mine), 40))
+    new.X = sparse.csr_matrix(x_ng)
+    found = map_cells(tmp_path / "run", new, batch_key="batch", reporter=QuietReporter()).obs
+    novel = (found["schelix_novelty_p"] <= 0.05).to_numpy()
+    others = np.setdiff1d(np.arange(len(novel)), mine)
+    assert novel[mine].mean() > 0.8
+    assert novel[others].mean() < 0.05
+
+
+@pytest.mark.parametrize(("asked", "silent"), [(60, [1]), (400, [0, 1, 2])])
+def test_held_out_cells_are_those_of_the_sketch(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch, asked: int, silent: list[int]
+) -> None:
+    """A run of twice as many cells as its sketch has, and one that was extended by a batch of which it has none.
+
+    Kin among fewer cells are not as alike, so that expression says nothing where the sketch has too few of all.
+    """
+    monkeypatch.setattr(held_out_module, "LEAST_OF_BATCH", asked)
+    monkeypatch.setattr(held_out_module, "LEAST_BATCHES", 2)
+    frozen, settings = reference.frozen, MapConfig(calibration_cells=100)
+    whole = frozen.sketch()
+    part = whole.of_cells(np.flatnonzero((whole.batch_n != 1) & (np.arange(len(whole.rows)) % 2 == 0)))
+    monkeypatch.setattr(type(frozen), "sketch", lambda _: part)
+    held_out = hold_out(replace(frozen), settings)
+    of_sketch = ~np.isin(held_out.batch, silent)
+    assert np.isin(held_out.rows[of_sketch], part.rows).all()
+    np.testing.assert_array_equal(
+        [common.shape[1] > 0 for common in held_out.common_of], np.isin([0, 1, 2], silent) == 0
+    )
+    np.testing.assert_array_equal(held_out.expressed, of_sketch if len(silent) < 3 else True)
+    if len(silent) == 3:
+        assert (held_out.shared.of_pool(np.ones((5, 3)), np.ones(5)) == 0).all()
+        assert len(held_out.rows) == frozen.n_cells, "as many are held out as always"
+
+
+def test_batches_whose_expression_is_known_are_held_out_first(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen, whole = reference.frozen, reference.frozen.sketch()
+    for lacking in range(3):
+        part = whole.of_cells(np.flatnonzero(whole.batch_n != lacking))
+        monkeypatch.setattr(type(frozen), "sketch", lambda _, part=part: part)
+        held_out = hold_out(replace(frozen), MapConfig(calibration_batches=2))
+        assert set(held_out.batch) == {0, 1, 2} - {lacking}
+        assert held_out.expressed.all()
+
+
+def test_a_type_that_only_an_extension_has_is_not_novel(atlas: Atlas, tmp_path: Path) -> None:
+    """The run keeps no expression of its new batches: what is left over of a cell that is near these tells nothing."""
+    made = cells()
+    later = made[(made.obs["batch"] == "b3") | (made.obs["cell_type"] == NOVEL)]
+    half = np.arange(later.n_obs) % 2 == 0
+    extend(atlas.run, later[half].copy(), batch_key="batch", out=tmp_path / "run2", reporter=QuietReporter())
+    reference = Reference.open(tmp_path / "run2")
+    new_cells = later[~half].copy()
+    found = reference.map(new_cells, batch_key="batch").obs["schelix_novelty_p"].to_numpy()
+    new = (new_cells.obs["cell_type"] == NOVEL).to_numpy()
+    assert (found[new] <= 0.01).mean() < 0.1
+    before = Reference.open(atlas.run).map(new_cells, batch_key="batch").obs["schelix_novelty_p"].to_numpy()
+    assert (before[new] <= 0.01).mean() > 0.5
+
+
+def test_batches_without_expression_do_not_calibrate_novelty(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = reference.frozen
+    held_out = hold_out(frozen, MapConfig())
+    silent = held_out.batch == 1
+    monkeypatch.setattr(calibration, "hold_out", lambda *_: replace(held_out, expressed=~silent))
+    found = calibration.calibrate(frozen, frozen.labels(("cell_type",)), MapConfig())
+    assert len(found.novelty.sizes[0].scores_s) == len(found.unlabelled.sizes[0].scores_s) == (~silent).sum()
+
+
+@pytest.mark.parametrize("of", ["reference", "query"])
+def test_what_was_measured_in_part_of_the_cells_is_passed_on(
+    of: str, reference: Reference, atlas: Atlas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen, asked = reference.frozen, []
+
+    def remember(*parts: Any) -> np.ndarray:
+        asked.append((parts[2], parts[7] if len(parts) > 7 else None))
+        return pool_in_common(*parts)
+
+    g = len(frozen.genes)
+    there_pg = np.ones((2, g), bool)
+    there_pg[1, ::4] = False
+    genes = frozen.scaling.genes
+    if of == "reference":
+        whole = frozen.sketch()
+        group_n = (whole.batch_n == 1).astype(np.int32)
+        part = replace(whole, measured=Measured(group_n, ("x", "y"), there_pg))
+        monkeypatch.setattr(type(frozen), "sketch", lambda _: part)
+        monkeypatch.setattr(held_out_module, "pool_in_common", remember)
+        hold_out(replace(frozen), MapConfig())
+        assert {batch for _, batch in asked} == {0, 1, 2}
+        for known, batch in asked:
+            np.testing.assert_array_equal(known, np.tile(there_pg[int(batch == 1), genes], (len(known), 1)))
+        return
+    group_n = (np.arange(atlas.known.n_obs) % 3 == 0).astype(np.int32)
+    monkeypatch.setattr(query, "partly_measured", lambda _: Measured(group_n, ("x", "y"), there_pg))
+    monkeypatch.setattr(encode, "pool_in_common", remember)
+    reference.map(atlas.known, batch_key="batch")
+    ((known, _),) = asked
+    expected = there_pg[group_n][:, genes].sum(axis=1)
+    np.testing.assert_array_equal(np.sort(known.sum(axis=1)), np.sort(expected))
+
+
+def test_genes_that_a_query_lacks_are_not_taken_for_zeros(
+    reference: Reference, atlas: Atlas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def remember(profiles: Profiles, own_ph: sparse.csr_matrix, *rest: Any) -> np.ndarray:
+        asked.append((own_ph.toarray(), rest[0]))
+        return pool_in_common(profiles, own_ph, *rest)
+
+    monkeypatch.setattr(encode, "pool_in_common", remember)
+    kept = np.flatnonzero(np.arange(atlas.known.n_vars) % 5 > 1)
+    for cells_of in (atlas.known, atlas.known[:, kept]):
+        reference.map(cells_of.copy(), batch_key="batch")
+    (whole, all_known), (part, known) = asked
+    there = np.isin(reference.frozen.scaling.genes, kept)
+    assert all_known is None
+    np.testing.assert_array_equal(known, np.tile(there, (len(part), 1)))
+    assert (part[:, ~there] == 0).all()
+    assert np.corrcoef(whole[:, there].mean(axis=0), part[:, there].mean(axis=0))[0, 1] > 0.99
+
+
+def test_a_reference_of_two_batches_tells_what_is_novel(atlas: Atlas, tmp_path: Path) -> None:
+    """When one is held out all that is left is of one batch, which must not count for nothing."""
+    two = atlas.reference[atlas.reference.obs["batch"] != "b2"].copy()
+    integrate(two, batch_key="batch", out=tmp_path / "run", reporter=QuietReporter(), **SETTINGS)
+    reference = Reference.open(tmp_path / "run")
+    held_out = hold_out(reference.frozen, MapConfig())
+    assert (held_out.shared.usual_z[:3] < np.inf).all()
+    found = reference.map(atlas.query.copy(), batch_key="batch").obs["schelix_novelty_p"].to_numpy() <= 0.05
+    novel = (atlas.query.obs["cell_type"] == NOVEL).to_numpy()
+    assert found[~novel].mean() < 0.1
+    assert found[novel].mean() > 0.9
