@@ -20,6 +20,7 @@ from schelix_scale.mapping.profiles import TINY, Profiles
 
 SIZES, SHARE = (4, 8, 15), 7  # a cell and its kin: the most that are no more than one in seven of a pool
 CALM = 10.0  # cells of average spread that say that a batch measures a gene as the reference does
+STEPS = 2.0**12  # that scores are rounded to: BLAS may round a product otherwise when other threads are at work
 WEIGHT = 2.0  # how much what is left over counts, beside how far a cell is
 
 
@@ -49,7 +50,8 @@ class Shared:
         if size < 0:
             return np.zeros((2, len(common_pz)))
         share = np.maximum(common_pz[:, size], 0.0) / self.usual_z[size]
-        return np.asarray(WEIGHT * np.log1p(np.stack([share, often_p**2 * share])))
+        found = WEIGHT * np.log1p(np.stack([share, often_p**2 * share]))
+        return np.asarray(np.rint(found * STEPS) / STEPS)
 
 
 def pool_in_common(
@@ -92,7 +94,7 @@ def pool_in_common(
     if known_ph is not None:
         known = known_ph if known is None else known & known_ph
     weight = profiles.weight_h.astype(np.float32)
-    left = left_over(own_ph.toarray(), around.mean_mh, known, likely_p) * weight
+    left = (left_over(own_ph.toarray(), around.mean_mh, known, likely_p) * weight).astype(np.float64)
     product = left @ left.T - of_noise(left, around.mean_mh, known, likely_p)
     counts_p = profiles.mixed(around, batch) * told_p
     product *= np.outer(counts_p, counts_p)
@@ -140,7 +142,7 @@ def of_noise(
     """
     variance_h = (left_ph.astype(np.float64) ** 2).mean(axis=0)
     spread, square_h = _spread(around_ph, known_ph)
-    scaled = spread * np.sqrt(variance_h / square_h).astype(np.float32)
+    scaled = spread * np.sqrt(variance_h / square_h)
     mean_pp = (1.0 - likely_p[:, None] - likely_p) / max(int(likely_p.sum()), 1) * variance_h.sum()
     found = mean_pp - scaled @ scaled.T
     np.fill_diagonal(found, 0.0)

@@ -164,8 +164,8 @@ def test_usual_is_the_mean_of_medians_of_batches() -> None:
     shared = Shared(np.array([3.5, 4.0, 4.0]))
     often = np.array([1, 0.5, 0.2])
     expected = 2 * np.log1p(np.array([[0, 0.5, 1.5], [0, 0.125, 0.06]]))
-    np.testing.assert_allclose(shared.of_pool(parts[0], often), expected)
-    np.testing.assert_allclose(shared.of_pool(parts[1], often[:2])[0], 2 * np.log1p(np.array([4, 6]) / 3.5))
+    np.testing.assert_allclose(shared.of_pool(parts[0], often), expected, atol=2e-4)
+    np.testing.assert_allclose(shared.of_pool(parts[1], often[:2])[0], 2 * np.log1p(np.array([4, 6]) / 3.5), atol=2e-4)
     assert (shared.of_pool(parts[2], np.ones(9)) == 0).all()
 
 
