@@ -132,18 +132,19 @@ def test_how_far_neighbours_are_mixed() -> None:
     assert (one.mixed(alone, 0) == 1).all()
 
 
-def test_the_first_cells_of_each_batch_are_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("numbers", [400, 2**50])
+def test_the_first_cells_of_each_batch_are_kept(tmp_path: Path, numbers: int) -> None:
     """Whatever the order in which blocks pass by: the least by number, and of the same ones the first row."""
     rng = RNG(10)
     x_ng, genes = sparse.random(3_000, 12, 0.3, "csr", np.float32, rng), np.array([0, 1, 3, 4, 6, 7, 9, 11])
     seen = rng.random(3_000) < 0.9
     batch = rng.integers(0, 4, 3_000) % 3  # the fourth batch has no cell
-    order = rng.integers(0, 400, 3_000).astype(np.uint64)
+    order = rng.integers(0, numbers, 3_000).astype(np.uint64)
     known = np.array([[True] * 8, [False] * 8])
     for name, turn in (("one", 1), ("other", -1)):
         with Drawing(4, 100, genes, tmp_path) as drawing:
-            for start in range(0, 3_000, 500)[::turn]:
-                rows = np.arange(start, start + 500)
+            for start in range(0, 3_000, 50)[::turn]:
+                rows = np.arange(start, start + 50)
                 drawing.offer(rows, batch[rows], order[rows], x_ng[rows], seen[rows])
             drawing.write(tmp_path / name, known)
         drawn = Drawn.open(tmp_path / name)
