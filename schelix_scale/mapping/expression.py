@@ -16,11 +16,12 @@ import numpy as np
 from scipy import sparse
 
 from schelix_scale.graph.vectors import unit_rows
+from schelix_scale.mapping.evidence import STEPS
+from schelix_scale.mapping.kin import most_alike
 from schelix_scale.mapping.profiles import TINY, Profiles
 
 SIZES, SHARE = (4, 8, 15), 7  # a cell and its kin: the most that are no more than one in seven of a pool
 CALM = 10.0  # cells of average spread that say that a batch measures a gene as the reference does
-STEPS = 2.0**12  # that scores are rounded to: BLAS may round a product otherwise when other threads are at work
 WEIGHT = 2.0  # how much what is left over counts, beside how far a cell is
 
 
@@ -51,7 +52,7 @@ class Shared:
             return np.zeros((2, len(common_pz)))
         share = np.maximum(common_pz[:, size], 0.0) / self.usual_z[size]
         found = WEIGHT * np.log1p(np.stack([share, often_p**2 * share]))
-        return np.asarray(np.rint(found * STEPS) / STEPS)
+        return np.asarray(np.rint(found * STEPS) / STEPS)  # BLAS may round otherwise when other threads are at work
 
 
 def pool_in_common(
@@ -100,7 +101,8 @@ def pool_in_common(
     product *= np.outer(counts_p, counts_p)
     same = np.unique(unit_pa, axis=0, return_inverse=True)[1].ravel()
     product[same[:, None] == same] = 0.0  # copies of a cell, and a cell and itself, share their noise
-    return in_common(product, nearest_kin(unit_rows(raw_pa), max(sizes) - 1), sizes)
+    unit, every = unit_rows(raw_pa), np.arange(len(raw_pa))
+    return in_common(product, most_alike(unit, unit, max(sizes) - 1, (every, every)), sizes)
 
 
 def left_over(
@@ -195,12 +197,3 @@ def usual_common(common: Sequence[np.ndarray]) -> np.ndarray:
         there = [np.abs(part[:, size]) for part in common if part.shape[1] > size]
         found[size] = np.mean([np.median(part) for part in there]) if there else found[max(size - 1, 0)]
     return np.where(found > TINY, found, np.inf)
-
-
-def nearest_kin(unit_pa: np.ndarray, count: int) -> np.ndarray:
-    """Return places (p, count) of the cells that are most like each, but for itself, nearest first."""
-    alike = unit_pa @ unit_pa.T
-    np.fill_diagonal(alike, -np.inf)
-    near = np.argpartition(-alike, count - 1, axis=1)[:, :count]
-    order = np.argsort(-np.take_along_axis(alike, near, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(near, order, axis=1)

@@ -159,13 +159,21 @@ class Pool:
         """Places (m, count) of the cells of the pool that are most like others, but for themselves, nearest first."""
         if not count:
             return np.zeros((len(rows), 0), np.int64)
-        alike = unit_rows(raw_md) @ self.unit_pd.T
         place = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
         mine = np.flatnonzero(self.rows[place] == rows)
-        alike[mine, place[mine]] = -np.inf
-        near = np.argpartition(-alike, count - 1, axis=1)[:, :count]
-        order = np.argsort(-np.take_along_axis(alike, near, axis=1), axis=1, kind="stable")
-        return np.take_along_axis(near, order, axis=1)
+        return most_alike(unit_rows(raw_md), self.unit_pd, count, (mine, place[mine]))
+
+
+def most_alike(unit_md: np.ndarray, unit_pd: np.ndarray, count: int, same: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """Return places (m, count) of the cells (p, d) that are most like others (m, d), nearest first.
+
+    All are of norm 1; ``same`` are places among the others, and where they are among the cells: none is like itself.
+    """
+    alike = unit_md @ unit_pd.T
+    alike[same] = -np.inf
+    near = np.argpartition(-alike, count - 1, axis=1)[:, :count]
+    order = np.argsort(-np.take_along_axis(alike, near, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(near, order, axis=1)
 
 
 def likely_known(own: Evidence) -> np.ndarray:
