@@ -7,6 +7,7 @@ from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 import torch
@@ -124,21 +125,28 @@ def _draws(seed: list[int], rows: int, length: int, redirected: bool) -> np.ndar
 def ahead(groups: Generator[list[StepCells], None, None], device: torch.device) -> Generator[StepCells, None, None]:
     """Yield the steps of groups, which a thread asks for ahead of their use.
 
-    It hands over few large things: each exchange between threads costs as much as a layer of the model.
+    It hands over few large things: each exchange between threads costs as much as a layer of the model. When the
+    iterator is closed, or Ctrl-C ends it, ``groups`` are closed once the thread is done with them.
     """
+    in_use = Lock()  # a pool does not wait for a thread that it was starting when Ctrl-C came
 
     def start() -> None:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
 
     def take() -> list[StepCells] | None:
-        return next(groups, None)
+        with in_use:
+            return next(groups, None)
 
-    with closing(groups), ThreadPoolExecutor(1, "schelix-batches", start) as pool:
-        waiting = deque(pool.submit(take) for _ in range(AHEAD))
-        while (group := waiting.popleft().result()) is not None:
-            waiting.append(pool.submit(take))
-            yield from group
+    try:
+        with ThreadPoolExecutor(1, "schelix-batches", start) as pool:
+            waiting = deque(pool.submit(take) for _ in range(AHEAD))
+            while (group := waiting.popleft().result()) is not None:
+                waiting.append(pool.submit(take))
+                yield from group
+    finally:
+        with in_use:
+            groups.close()
 
 
 def cells_before(plan: Plan | BlockPlan, step: int) -> int:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Generator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from schelix_scale.training.batches import TOGETHER_STEPS, Batches
+from schelix_scale.training.batches import TOGETHER_STEPS, Batches, ahead
 from schelix_scale.training.data import CachedFeatures, Cells
 from schelix_scale.training.dist import ALONE, Ranks
 from schelix_scale.training.plan import Plan
@@ -74,3 +77,37 @@ def test_a_group_is_read_at_once_and_the_same_wherever_training_goes_on() -> Non
     again = list(found.steps(PLAN, ROWS, [7], range(start, STEPS), None))
     for one, two in zip(first[start:], again, strict=True):
         assert one.own.anchor.storage_offset() == two.own.anchor.storage_offset()
+
+
+@pytest.mark.parametrize("moment", ["while the thread starts", "while a step is used"])
+def test_ctrl_c_waits_for_the_thread_and_stays_what_it_is(moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a thread starts leaves a pool that does not know of it, and so does not wait for it."""
+    at_work, said = threading.Event(), list[str]()
+
+    def groups() -> Generator[list[StepCells], None, None]:
+        try:
+            while True:
+                at_work.set()
+                time.sleep(0.1)
+                said.append("made")
+                yield [batches(ALIGN).cells(ROWS[:4], [7])]
+        finally:
+            said.append("closed")
+
+    started = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        started(thread)
+        if moment == "while the thread starts":
+            assert at_work.wait(10)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    steps = ahead(groups(), CPU)
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - where it is raised is what differs
+        next(steps)
+        at_work.clear()
+        assert at_work.wait(10)
+        steps.throw(KeyboardInterrupt)
+    assert said[-2:] == ["made", "closed"]
+    assert said.count("closed") == 1
