@@ -11,9 +11,12 @@ import numpy as np
 from schelix_scale.arrays import load_arrays
 from schelix_scale.errors import DataError
 from schelix_scale.graph.vectors import row_blocks
+from schelix_scale.mapping.alike import UsuallyAlike
+from schelix_scale.mapping.by_label import ByLabel, voted
 from schelix_scale.mapping.expression import Shared
 from schelix_scale.mapping.held_out import hold_out
-from schelix_scale.mapping.kin import SIZES, KinScores, Usual, less
+from schelix_scale.mapping.kin import SIZES, Usual
+from schelix_scale.mapping.kin_calibration import BATCHES, LEAST, KinCalibration, batches_told
 from schelix_scale.mapping.odd_votes import ENOUGH, odd_elsewhere, oddest, often, votes_within
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
@@ -27,91 +30,7 @@ from schelix_scale.transfer import (
     vote,
 )
 
-LEAST = 20
 BLOCK = 1 << 20  # cells whose labels are counted at once
-KIN_COUNTS = 20.0  # how many times less than that of the cell alone a p-value can be
-BATCHES, TOLD = 3, 0.005  # of a number of kin: held-out batches, if there are so many, and the least p-value
-
-
-@dataclass(frozen=True)
-class KinCalibration:
-    """Of the novelty of cells and their kin, for each of the first of `kin.SIZES`.
-
-    Attributes
-    ----------
-    sizes
-        Of scores, each of the batches that have cells enough for kin of this size.
-    both
-        Of the lesser of two p-values, with as many kin and with fewer, but at least a twentieth of that of the cell
-        alone: -log p.
-    """
-
-    sizes: tuple[NoveltyCalibration, ...]
-    both: tuple[NoveltyCalibration, ...]
-
-    @classmethod
-    def fit(cls, scores_zs: np.ndarray, batch_s: np.ndarray) -> KinCalibration:
-        """Calibrate on held-out cells of batches, with a score for each size: nan where a batch is too small for it.
-
-        A size that hardly any batch is large enough for is left out, and so are larger ones: with less than 20 cells of
-        three batches (or of as many as there are), or with so few that they cannot tell small p-values.
-        """
-        batches = max(1, _batches_told(batch_s))
-        sizes: list[NoveltyCalibration] = []
-        both: list[NoveltyCalibration] = []
-        for size, scores_s in enumerate(scores_zs):
-            there = np.isfinite(scores_s)
-            if size and _batches_told(batch_s[there]) < min(BATCHES, batches):
-                break
-            weights = batch_weights(batch_s[there], ENOUGH)
-            found = NoveltyCalibration.fit(scores_s[there], weights)
-            if size and found.least > max(TOLD, 2 * sizes[0].least):
-                break
-            sizes.append(found)
-            own = batch_weights(batch_s[np.isfinite(scores_zs[less(size)])], ENOUGH)
-            own_s = np.zeros(len(batch_s))
-            own_s[np.isfinite(scores_zs[less(size)])] = own
-            p = _lesser(sizes, size, scores_s[there], scores_zs[less(size), there], weights, own_s[there])
-            p = np.maximum(
-                p, sizes[0].p_values(scores_zs[0, there], batch_weights(batch_s, ENOUGH)[there]) / KIN_COUNTS
-            )
-            both.append(NoveltyCalibration.fit(-np.log(p), weights))
-        return cls(tuple(sizes), tuple(both))
-
-    def p_values(self, scores: KinScores) -> np.ndarray:
-        """P-values (m,): how often the lesser p-value of a cell that is not novel is as small.
-
-        A type that the reference lacks has many cells or few; the lesser of the two p-values finds both, and is itself
-        calibrated, since of two the lesser is small more often. It counts down to a twentieth of the p-value of the
-        cell alone, so that what kin says alone finds nothing novel: types that hardly any held-out batch has can be off
-        in one direction, too.
-        """
-        out = np.empty(len(scores.size))
-        for size in np.unique(scores.size):
-            mine = scores.size == size
-            p = _lesser(self.sizes, size, scores.most[mine], scores.fewer[mine])
-            p = np.maximum(p, self.sizes[0].p_values(scores.single[mine]) / KIN_COUNTS)
-            out[mine] = self.both[size].p_values(-np.log(p))
-        return out
-
-
-def _batches_told(batch_s: np.ndarray) -> int:
-    """Return of how many batches there are 20 cells."""
-    return int((np.unique(batch_s, return_counts=True)[1] >= LEAST).sum())
-
-
-def _lesser(
-    sizes: Sequence[NoveltyCalibration],
-    size: int,
-    most_m: np.ndarray,
-    fewer_m: np.ndarray,
-    weight_m: np.ndarray | float = 0.0,
-    fewer_weight_m: np.ndarray | float = 0.0,
-) -> np.ndarray:
-    """Return the lesser p-value (m,) of two; weights are those of held-out cells in the two calibrations."""
-    most = sizes[size].p_values(most_m, weight_m)
-    lesser: np.ndarray = np.minimum(most, sizes[less(size)].p_values(fewer_m, fewer_weight_m))
-    return lesser
 
 
 @dataclass(frozen=True)
@@ -130,8 +49,10 @@ class Calibration:
         What is usual in held-out batches.
     pool
         Cells of a batch among which its cells have their kin: as many of a new batch as of a held-out one.
-    shared
-        What is usual of the expression of kin.
+    shared, usually_alike
+        What is usual of the expression of kin, and of cells most alike in it.
+    by_label
+        P-values of the held-out cells of ``novelty``, and what they are voted to be.
     """
 
     novelty: KinCalibration
@@ -141,6 +62,8 @@ class Calibration:
     usual: Usual
     pool: int
     shared: Shared
+    usually_alike: UsuallyAlike
+    by_label: ByLabel
 
     @property
     def most(self) -> tuple[int, int]:
@@ -152,6 +75,8 @@ class Calibration:
         arrays: dict[str, np.ndarray] = {"pool": np.array(self.pool), "whitening": self.whitening_dd}
         arrays |= {"usual_spread": np.array(self.usual.spread), "usual_score": self.usual.score_cz}
         arrays["usual_common"] = self.shared.usual_z
+        arrays["usually_alike"] = np.array([self.usually_alike.knee, self.usually_alike.high])
+        arrays |= {f"by_label_{name}": part for name, part in vars(self.by_label).items()}
         for name, both in (("novelty", self.novelty), ("unlabelled", self.unlabelled)):
             for kind, parts in (("", both.sizes), ("both_", both.both)):
                 for size, part in enumerate(parts):
@@ -182,8 +107,9 @@ class Calibration:
             for name in ("novelty", "unlabelled")
         )
         usual = Usual(float(file["usual_spread"]), file["usual_score"])
-        shared = Shared(file["usual_common"])
-        return cls(novelty, unlabelled, labels, file["whitening"], usual, int(file["pool"]), shared)
+        told = Shared(file["usual_common"]), UsuallyAlike(*file["usually_alike"].tolist())
+        by_label = ByLabel(**{name: file[f"by_label_{name}"] for name in ("p_s", "weight_s", "code_cs")})
+        return cls(novelty, unlabelled, labels, file["whitening"], usual, int(file["pool"]), *told, by_label)
 
 
 def _parts(file: Mapping[str, np.ndarray], name: str) -> tuple[NoveltyCalibration, ...]:
@@ -241,8 +167,13 @@ def calibrate(
     seen_s = seen_s & known_s if (seen_s & known_s).sum() >= LEAST else known_s
     novelty = KinCalibration.fit(with_labels[:, seen_s], batch_s[seen_s])
     unlabelled = KinCalibration.fit(without[:, known_s], batch_s[known_s])
-    whitening, pool, shared = held_out.whitening, held_out.pool, held_out.shared
-    return Calibration(novelty, unlabelled, tuple(fitted), whitening, usual, pool, shared)
+    by_label = ByLabel.fit(
+        novelty.of_held_out(with_labels[:, seen_s], batch_s[seen_s]),
+        batch_weights(batch_s[seen_s], ENOUGH),
+        voted(labels, held_out.indices[seen_s], held_out.distances[seen_s]),
+    )
+    parts = held_out.whitening, usual, held_out.pool, held_out.shared, held_out.usually_alike
+    return Calibration(novelty, unlabelled, tuple(fitted), *parts, by_label)
 
 
 def _not_novel(elsewhere_s: np.ndarray, batch_s: np.ndarray, few: int) -> np.ndarray:
@@ -252,10 +183,10 @@ def _not_novel(elsewhere_s: np.ndarray, batch_s: np.ndarray, few: int) -> np.nda
     or too few batches (labels so fine that each is rare), it is one of which they have none; and all cells count where
     hardly any would be left.
     """
-    asked = min(BATCHES, _batches_told(batch_s))
+    asked = min(BATCHES, batches_told(batch_s))
     for most, share in ((few, 0.5), (0, 0.0)):
         left_s = elsewhere_s > most
-        if left_s.sum() >= max(LEAST, share * len(left_s)) and _batches_told(batch_s[left_s]) >= asked:
+        if left_s.sum() >= max(LEAST, share * len(left_s)) and batches_told(batch_s[left_s]) >= asked:
             return np.asarray(left_s)
     return np.ones(len(batch_s), bool)
 

@@ -12,7 +12,8 @@ import pandas as pd
 
 from schelix_scale._version import __version__
 from schelix_scale.errors import TrainingError
-from schelix_scale.graph.vectors import row_blocks, unit_rows
+from schelix_scale.graph.vectors import row_blocks
+from schelix_scale.mapping.by_label import voted
 from schelix_scale.mapping.calibration import Calibration, calibrate
 from schelix_scale.mapping.columns import (
     DISTANCE,
@@ -25,12 +26,10 @@ from schelix_scale.mapping.columns import (
     query_obs,
 )
 from schelix_scale.mapping.diffusion import query_weights
-from schelix_scale.mapping.drawn import DRAWN, Drawn
-from schelix_scale.mapping.evidence import Evidence, mean_around, whitened
-from schelix_scale.mapping.expression import pool_in_common
-from schelix_scale.mapping.kin import KinScores, Pool, likely_known, spread_of
+from schelix_scale.mapping.kin import KinScores
 from schelix_scale.mapping.novelty import NEIGHBORS
-from schelix_scale.mapping.odd_votes import oddest_votes, often
+from schelix_scale.mapping.odd_votes import often
+from schelix_scale.mapping.pools import evidence, find_pools
 from schelix_scale.mapping.query import (
     BLOCK,
     CORRECTED,
@@ -57,7 +56,7 @@ CALIBRATION, MAPPED = "calibration.npz", "mapped.zarr"
 def find_calibration(query: Query, labels: Sequence[Labels], known: Calibration | None) -> tuple[Calibration, Any]:
     """Calibrate on held-out batches of the reference, or take what is ``known``, and keep it in the directory."""
     settings = query.settings
-    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 13}
+    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 14}
     inputs |= {"cells": settings.calibration_cells, "batches": settings.calibration_batches}
 
     def make() -> tuple[list[str], dict[str, Any]]:
@@ -108,6 +107,7 @@ def encode_cells(
     indices_mk: np.ndarray,
     distances_mk: np.ndarray,
     width_mk: np.ndarray,
+    code_cm: np.ndarray,
     calibration: Calibration,
     level: float,
 ) -> Encoded:
@@ -127,11 +127,13 @@ def encode_cells(
         What learned loadings add to them; None where loadings are frozen.
     indices_mk, distances_mk, width_mk
         (m, k) neighbours in the reference, and their kernel widths.
+    code_cm
+        What they are voted to be, see `by_label.voted`.
     """
     settings = graph_settings(frozen.config)
     weights = query_weights(distances_mk, width_mk, frozen.batch_n[indices_mk], frozen.theta, settings.kernel_neighbor)
     without_labels = calibration.unlabelled.p_values(novelty[0])
-    p_value = calibration.novelty.p_values(novelty[1])
+    p_value = calibration.by_label.p_values(calibration.novelty.p_values(novelty[1]), code_cm)
     kept = np.minimum(1.0, without_labels / level) if level > 0 else np.ones(len(p_value))
     diffused = [
         levels.diffuse(indices_mk, weights, own, settings.hops, kept)
@@ -176,7 +178,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
     """Write mapped.zarr: obs with labels and novelty, and the latents."""
     frozen, settings, n = query.frozen, query.settings, query.store.n_cells
     inputs = {"labels": [column.key for column in labels], "coverage": settings.coverage, "novelty": settings.novelty}
-    inputs |= {"obs": query.store.obs_fingerprint(), "version": 13}
+    inputs |= {"obs": query.store.obs_fingerprint(), "version": 14}
 
     def make() -> tuple[list[str], dict[str, Any]]:
         raw = query.load(RAW.format("anchor"))
@@ -186,7 +188,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
         indices, distances, measured = query.load(INDICES), query.load(DISTANCES), query.load(MEASURED)
         found = {name: np.zeros(n, np.float32) for name in (NOVELTY, P_VALUE, DISTANCE)}
         columns = [LabelColumns(column, n) for column in labels]
-        pools = find_pools(query, labels, calibration)
+        pools, alike = find_pools(query, labels, calibration)
         with query.directory.publish(MAPPED) as path, query.reporter.stage("map", n) as progress:
             widths = {key: part.shape[1] for key, part in _probe(frozen).items()}
             arrays = create_mapped(path, n, widths)
@@ -199,8 +201,15 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
                 width = frozen.widths(near)
                 signs = evidence(frozen, labels, calibration, raw[rows], own[0], near, far, width)
                 batch = query.batches.codes[rows]
-                score = KinScores.of_cells(pools, batch, np.arange(*span), raw[rows], signs, calibration.most)
-                got = encode_cells(frozen, score, own, moved, near, far, width, calibration, settings.novelty)
+                usually, often_m = calibration.usually_alike, np.ones(len(near))
+                high = alike[rows] > usually.knee  # of the others it adds nothing
+                often_m[high] = often(labels, frozen.profiles, near[high], far[high])
+                adds = usually.adds(alike[rows], often_m)
+                score = KinScores.of_cells(pools, batch, np.arange(*span), raw[rows], signs, calibration.most, adds)
+                voted_to_be = voted(labels, near, far)
+                got = encode_cells(
+                    frozen, score, own, moved, near, far, width, voted_to_be, calibration, settings.novelty
+                )
                 for key, latent in got.latents.items():
                     arrays[key][rows] = latent
                 seen = np.asarray(measured[rows])
@@ -210,8 +219,8 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
                 novel = p_value <= settings.novelty
                 for column, fit in zip(columns, calibration.labels, strict=True):
                     sharp = fit.probabilities(vote(far, column.labels.code_n[near], len(column.labels.names)))
-                    voted = seen & (column.labels.code_n[near] != NOT_LABELLED).any(axis=1)
-                    column.fill(span[0], sharp, fit.sets(sharp, settings.coverage), novel, voted)
+                    labelled = seen & (column.labels.code_n[near] != NOT_LABELLED).any(axis=1)
+                    column.fill(span[0], sharp, fit.sets(sharp, settings.coverage), novel, labelled)
                 return span[1] - span[0]
 
             run_tasks(task, list(row_blocks(n, BLOCK)), query.threads, None, progress.advance)
@@ -224,55 +233,6 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
         return [MAPPED], {"dims": widths, "labels": [column.key for column in labels], "novel_share": round(novel, 6)}
 
     return query.stage("map", inputs, ["neighbors", "calibrate"], make)
-
-
-def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration) -> list[Pool]:
-    """Find the cells of each batch among which its cells have their kin: those whose expression was kept."""
-    raw, corrected = query.load(RAW.format("anchor")), query.load(CORRECTED.format("anchor"))
-    indices, distances = query.load(INDICES), query.load(DISTANCES)
-    frozen, drawn, measured = query.frozen, Drawn.open(query.directory.path / DRAWN), query.measured
-    pools: list[Pool | None] = [None] * len(query.batches.names)
-
-    def find(code: int) -> int:
-        rows, x_ph = drawn.of_batch(code, calibration.pool)  # as drawn: no order of the query decides a digit
-        parts = raw[rows], corrected[rows], indices[rows], distances[rows]
-        own = evidence(frozen, labels, calibration, *parts, frozen.widths(parts[2][:, :NEIGHBORS]))
-        spread = spread_of(frozen.clusters.weights(parts[1]))
-        known = drawn.known_gh[np.zeros(len(rows), np.int64) if measured is None else measured.group_n[rows]]
-        common = pool_in_common(
-            frozen.profiles,
-            frozen.scaling.of_used(x_ph),
-            None if known.all() else known,
-            unit_rows(parts[1]),
-            parts[0],
-            likely_known(own),
-            frozen.told(parts[2]),
-        )
-        by_row = np.argsort(rows)
-        left = calibration.shared.of_pool(common, often(labels, frozen.profiles, *parts[2:]))[:, by_row]
-        most, usual = max(calibration.most), calibration.usual
-        pools[code] = Pool.of_cells(rows[by_row], parts[0][by_row], own[by_row], most, usual, spread, left)
-        return len(rows)
-
-    run_tasks(find, range(len(pools)), query.threads)
-    return [pool for pool in pools if pool is not None]
-
-
-def evidence(
-    frozen: Frozen,
-    labels: Sequence[Labels],
-    calibration: Calibration,
-    raw_ma: np.ndarray,
-    corrected_ma: np.ndarray,
-    indices_mk: np.ndarray,
-    distances_mk: np.ndarray,
-    width_mk: np.ndarray,
-) -> Evidence:
-    """Return what tells how novel cells are: of their neighbours the first 7 count, and the labels of more."""
-    odd = oddest_votes(labels, calibration.labels, indices_mk, distances_mk)
-    around = mean_around(frozen.anchor_na, indices_mk)
-    score = frozen.novelty(np.asarray(raw_ma), corrected_ma, around, distances_mk, width_mk)
-    return Evidence.of_cells(score, odd, whitened(corrected_ma - around, calibration.whitening_dd))
 
 
 def _probe(frozen: Frozen) -> dict[str, np.ndarray]:

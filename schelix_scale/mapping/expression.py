@@ -1,10 +1,7 @@
-"""Expression of cells, and of reference cells that are like them -> how much of the rest kin have in common.
+"""What is left over of expression -> how much of it cells and their kin have in common.
 
-The components of a reference hold what its own cells differ in. What a type that it lacks differs in beside that is not
-in them: its cells land among their nearest relatives, and look at home there. It is left over when the expression of
-the neighbours is taken off; noise is left over, too, but is another in each cell, and what a batch is off by is left
-over in all of its cells. What one batch of the reference is off by is left over of cells whose neighbours are all of
-it, as those of a type that it alone has: it tells nothing.
+Kin are like each other in the components of the reference. What is left over of their expression (see `leftover`) is
+noise in each of them, but for what a type has that the reference lacks.
 """
 
 from __future__ import annotations
@@ -13,15 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import sparse
 
 from schelix_scale.graph.vectors import unit_rows
 from schelix_scale.mapping.evidence import STEPS
 from schelix_scale.mapping.kin import most_alike
-from schelix_scale.mapping.profiles import TINY, Profiles
+from schelix_scale.mapping.leftover import LeftOver, of_noise
+from schelix_scale.mapping.profiles import TINY
 
 SIZES, SHARE = (4, 8, 15), 7  # a cell and its kin: the most that are no more than one in seven of a pool
-CALM = 10.0  # cells of average spread that say that a batch measures a gene as the reference does
 WEIGHT = 2.0  # how much what is left over counts, beside how far a cell is
 
 
@@ -55,116 +51,21 @@ class Shared:
         return np.asarray(np.rint(found * STEPS) / STEPS)  # BLAS may round otherwise when other threads are at work
 
 
-def pool_in_common(
-    profiles: Profiles,
-    own_ph: sparse.csr_matrix,
-    known_ph: np.ndarray | None,
-    unit_pa: np.ndarray,
-    raw_pa: np.ndarray,
-    likely_p: np.ndarray,
-    told_p: np.ndarray,
-    batch: int | None = None,
-) -> np.ndarray:
-    """Return what is left over of cells of one batch and their kin have in common, (p, z).
+def pool_in_common(left: LeftOver, raw_pa: np.ndarray) -> np.ndarray:
+    """Return what is left over of cells of a pool and their kin have in common, (p, z).
 
-    Parameters
-    ----------
-    own_ph
-        Their expression, see `profiles.Scaling`.
-    known_ph
-        Which genes were measured in them; None: all.
-    unit_pa, raw_pa
-        Their Anchor components: corrected, of norm 1; and uncorrected, by which they are kin.
-    likely_p
-        Which of them are probably not novel.
-    told_p
-        (p,) which share of the cells around them, of the whole reference, are of batches that the profiles have: where
-        a run was extended, its new batches may have a type that these do not.
-    batch
-        That of the reference whose cells they are, if they are held out.
-
-    Returns
-    -------
-    One column for each of `SIZES` that is no more than one in seven of the cells: none for less than 28.
+    ``raw_pa`` are their uncorrected Anchor components, by which they are kin. One column for each of `SIZES` that is no
+    more than one in seven of the cells: none for less than 28.
     """
     sizes = [size for size in SIZES if size * SHARE <= len(raw_pa)]
     if not sizes:
         return np.zeros((len(raw_pa), 0))
-    around = profiles.around(unit_pa, batch)
-    known = around.known_mh
-    if known_ph is not None:
-        known = known_ph if known is None else known & known_ph
-    weight = profiles.weight_h.astype(np.float32)
-    left = (left_over(own_ph.toarray(), around.mean_mh, known, likely_p) * weight).astype(np.float64)
-    product = left @ left.T - of_noise(left, around.mean_mh, known, likely_p)
-    counts_p = profiles.mixed(around, batch) * told_p
-    product *= np.outer(counts_p, counts_p)
-    same = np.unique(unit_pa, axis=0, return_inverse=True)[1].ravel()
-    product[same[:, None] == same] = 0.0  # copies of a cell, and a cell and itself, share their noise
+    values = left.left_ph.astype(np.float64)
+    product = values @ values.T - of_noise(left.left_ph, left.around_ph, left.known_ph, left.likely_p)
+    product *= np.outer(left.counts_p, left.counts_p)
+    product[left.same_p[:, None] == left.same_p] = 0.0  # copies of a cell, and a cell and itself, share their noise
     unit, every = unit_rows(raw_pa), np.arange(len(raw_pa))
     return in_common(product, most_alike(unit, unit, max(sizes) - 1, (every, every)), sizes)
-
-
-def left_over(
-    own_ph: np.ndarray, around_ph: np.ndarray, known_ph: np.ndarray | None, likely_p: np.ndarray
-) -> np.ndarray:
-    """Return what is left of the expression of cells of one batch (p, h) that neighbours and batch do not tell.
-
-    Of each gene, that is what is above the neighbours', less its mean over cells that are probably not novel, and less
-    a share of the neighbours': a batch can measure a gene better or worse. Of genes that are not known nothing is left,
-    and what is left of the others stands for them.
-
-    Parameters
-    ----------
-    own_ph, around_ph
-        Expression of the cells, and the mean of their neighbours.
-    known_ph
-        Which genes are known of both; None: all.
-    likely_p
-        Which cells are probably not novel: a type that is a large part of a batch must not be taken for its mean.
-    """
-    known = np.ones(1, bool) if known_ph is None else known_ph
-    left = (own_ph - around_ph) * known
-    left -= _mean(left, known_ph, likely_p) * known
-    spread, square_h = _spread(around_ph, known_ph)
-    left -= spread * ((spread * left).sum(axis=0) / square_h)
-    left -= _mean(left, known_ph, likely_p) * known
-    if known_ph is not None:
-        left *= np.sqrt(known_ph.shape[1] / np.maximum(known_ph.sum(axis=1, keepdims=True), 1)).astype(np.float32)
-    return np.asarray(left)
-
-
-def of_noise(
-    left_ph: np.ndarray, around_ph: np.ndarray, known_ph: np.ndarray | None, likely_p: np.ndarray
-) -> np.ndarray:
-    """Return what products (p, p) of what is left of two cells are in the mean if it is noise; of a cell itself: 0.
-
-    Not 0, since means and slopes were fitted to the same cells: the fewer these are, the more. As far as terms of
-    one over their number go.
-    """
-    variance_h = (left_ph.astype(np.float64) ** 2).mean(axis=0)
-    spread, square_h = _spread(around_ph, known_ph)
-    scaled = spread * np.sqrt(variance_h / square_h)
-    mean_pp = (1.0 - likely_p[:, None] - likely_p) / max(int(likely_p.sum()), 1) * variance_h.sum()
-    found = mean_pp - scaled @ scaled.T
-    np.fill_diagonal(found, 0.0)
-    return np.asarray(found)
-
-
-def _spread(around_ph: np.ndarray, known_ph: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return neighbours' expression less its mean (p, h), and its sum of squares (h,) that slopes are divided by."""
-    known = np.ones(1, bool) if known_ph is None else known_ph
-    spread = (around_ph - _mean(around_ph * known, known_ph, slice(None))) * known
-    square_h = (spread**2).sum(axis=0)
-    mean = square_h.sum() / (spread.size if known_ph is None else max(int(known_ph.sum()), 1))
-    return spread, square_h + CALM * mean + TINY
-
-
-def _mean(x_ph: np.ndarray, known_ph: np.ndarray | None, rows: np.ndarray | slice) -> np.ndarray:
-    """Mean of genes (h,) over those of the rows in which they are known; elsewhere they are 0."""
-    if known_ph is None:
-        return np.asarray(x_ph[rows].mean(axis=0))
-    return np.asarray(x_ph[rows].sum(axis=0) / np.maximum(known_ph[rows].sum(axis=0), 1).astype(np.float32))
 
 
 def in_common(product_pp: np.ndarray, kin_pk: np.ndarray, sizes: Sequence[int]) -> np.ndarray:

@@ -12,22 +12,21 @@ from dataclasses import dataclass
 import numpy as np
 
 from schelix_scale.errors import DataError
-from schelix_scale.genes.sketch import Sketch
 from schelix_scale.graph.nearest import nearest_in_blocks
 from schelix_scale.graph.vectors import row_blocks, unit_rows
+from schelix_scale.mapping.alike import UsuallyAlike
 from schelix_scale.mapping.correction import fit_batch, shifted
 from schelix_scale.mapping.evidence import Evidence, mean_around, whitened, whitening
-from schelix_scale.mapping.expression import Shared, pool_in_common, usual_common
-from schelix_scale.mapping.kin import ALONE, POOL, SIZES, Pool, Usual, spread_of
+from schelix_scale.mapping.expression import Shared
+from schelix_scale.mapping.in_common import held_out_in_common
+from schelix_scale.mapping.kin import POOL, SIZES, Pool, Usual, spread_of
 from schelix_scale.mapping.novelty import NEIGHBORS
-from schelix_scale.mapping.profiles import NEIGHBORS as PROFILED
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.scheduling import run_tasks
 
 EXACT_BELOW = 60_000
 WIDER = 6
-LEAST_BATCHES = 3  # of which expression is known, if there are so many
 FIT_CELLS = 2_000
 LEAST_OF_BATCH = 400  # held-out cells, if it has them: kin among fewer are not alike
 
@@ -54,6 +53,9 @@ class HeldOut:
         What is usual of the expression of kin.
     common_of
         Of each batch: what the expression of `kin_of` has in common, see `expression.pool_in_common`.
+    alike, usually_alike
+        (s,) what the expression of cells has in common with that of those most alike, see `alike.Alike`, 0 where that
+        is not known; and what is usual.
     expressed
         (s,) whether the batch's expression is known, and may calibrate: not of batches that a run was extended by.
         Where that is so of too few batches expression tells nothing, and all may.
@@ -73,6 +75,8 @@ class HeldOut:
     pool: int
     shared: Shared
     common_of: Sequence[np.ndarray]
+    alike: np.ndarray
+    usually_alike: UsuallyAlike
     expressed: np.ndarray
 
     def with_kin(self, odd_s: np.ndarray, often_s: np.ndarray) -> tuple[np.ndarray, Usual]:
@@ -98,7 +102,7 @@ class HeldOut:
         for mine, kin, left, spread in zip(self.cells_of, self.kin_of, left_of, self.spread_b, strict=True):
             among = Pool.of_cells(rows[kin], raw[kin], own[kin], usual=usual, spread=spread, left_cp=left)
             scores[:, : among.size + 1, mine] = among.scores(rows[mine], raw[mine], own[mine])
-        return scores, usual
+        return scores + self.usually_alike.adds(self.alike, often_s)[:, None], usual
 
 
 def hold_out(
@@ -156,8 +160,8 @@ def hold_out(
     kin_of = [np.sort(rng.choice(mine, min(pool, len(mine)), replace=False)) for mine in cells_of]
     spread_b = [spread_of(frozen.clusters.weights(corrected[kin])) for kin in kin_of]
     told = frozen.told(indices)
-    shared, common_of, known_of = _in_common(frozen, sketch, rows, raw, corrected, score, told, kin_of, threads)
-    expressed = np.repeat(known_of, [len(mine) for mine in cells_of])  # batches are one after the other
+    in_common = held_out_in_common(frozen, sketch, rows, raw, corrected, score, told, cells_of, kin_of, threads)
+    expressed = np.repeat(in_common.known_b, [len(mine) for mine in cells_of])  # batches are one after the other
     return HeldOut(
         rows,
         batch,
@@ -171,8 +175,10 @@ def hold_out(
         spread_b,
         whitening_dd,
         pool,
-        shared,
-        common_of,
+        in_common.shared,
+        in_common.common_of,
+        in_common.alike_s,
+        in_common.usually_alike,
         expressed,
     )
 
@@ -197,47 +203,6 @@ def _expressed(fit: np.ndarray, cells: np.ndarray, sketched: np.ndarray, share: 
         return fit
     both = fit[np.isin(fit, known)]
     return both if len(both) >= min(share, len(known)) else known
-
-
-def _in_common(
-    frozen: Frozen,
-    sketch: Sketch,
-    rows: np.ndarray,
-    raw: np.ndarray,
-    corrected: np.ndarray,
-    score: np.ndarray,
-    told: np.ndarray,
-    kin_of: Sequence[np.ndarray],
-    threads: int,
-) -> tuple[Shared, list[np.ndarray], np.ndarray]:
-    """Return what is usual of what the expression of kin has in common, what of each batch, and of which it is known.
-
-    Where that is so of less than three batches (or than there are), expression tells nothing, of new cells either.
-    """
-    profiles = frozen.profiles
-    found = [np.zeros((len(kin), 0)) for kin in kin_of]
-    known_b = np.zeros(len(kin_of), bool)
-
-    def task(place: int) -> int:
-        kin = kin_of[place]
-        batch = int(frozen.batch_n[rows[kin[0]]])
-        known_b[place] = np.isin(rows[kin], sketch.rows).all() and (profiles.batch_p != batch).sum() > PROFILED
-        if known_b[place]:
-            there = np.searchsorted(sketch.rows, rows[kin])
-            known = None
-            if sketch.measured is not None:
-                known = sketch.measured.measured_pg[sketch.measured.group_n[there]][:, frozen.scaling.genes]
-            own, unit = frozen.scaling(sketch.x_ng[there]), unit_rows(corrected[kin])
-            likely = score[kin] <= np.median(score[kin])
-            found[place] = pool_in_common(profiles, own, known, unit, raw[kin], likely, told[kin], batch)
-        return len(kin)
-
-    run_tasks(task, range(len(kin_of)), threads)
-    large = np.array([len(kin) >= ALONE for kin in kin_of])
-    if (known_b & large).sum() < min(LEAST_BATCHES, large.sum()) or not known_b.any():
-        silent = [common[:, :0] for common in found]
-        return Shared(usual_common(silent)), silent, np.ones(len(kin_of), bool)
-    return Shared(usual_common(found)), found, known_b
 
 
 def _usual(pools: Sequence[Pool], spread_b: Sequence[float]) -> Usual:

@@ -79,6 +79,8 @@ class Pool:
         Which of `SIZES` its cells are looked at with: 15 cells, or fewer in a pool of less than 105, where kin are few.
     left_cp
         (2, p) what the expression of each of them and its kin adds to its scores, see `expression.Shared`.
+    alike_cp
+        (2, p) what that of each of them and those most alike adds to its own, see `alike.UsuallyAlike`.
     """
 
     rows: np.ndarray
@@ -88,6 +90,7 @@ class Pool:
     usual_cz: np.ndarray
     size: int
     left_cp: np.ndarray
+    alike_cp: np.ndarray
 
     @classmethod
     def of_cells(
@@ -99,6 +102,7 @@ class Pool:
         usual: Usual | None = None,
         spread: float = np.inf,
         left_cp: np.ndarray | None = None,
+        alike_cp: np.ndarray | None = None,
     ) -> Pool:
         """Make a pool of cells (p,), ascending.
 
@@ -109,12 +113,13 @@ class Pool:
         usual, spread
             What is usual in other batches, and in how many clusters this one lies: without them the batch is taken to
             tell what it is as a whole.
-        left_cp
+        left_cp, alike_cp
             What their expression adds; nothing by default.
         """
         size = min(most, int(np.searchsorted(SIZES, len(rows) // SHARE, side="right")) - 1) if len(rows) >= ALONE else 0
-        left = np.zeros((2, len(rows))) if left_cp is None else left_cp
-        found = cls(rows, unit_rows(raw_pd), own, np.zeros(own.way_md.shape[1]), np.zeros((2, size + 1)), size, left)
+        nothing = np.zeros((2, len(rows)))
+        adds = nothing if left_cp is None else left_cp, nothing if alike_cp is None else alike_cp
+        found = cls(rows, unit_rows(raw_pd), own, np.zeros(own.way_md.shape[1]), np.zeros((2, size + 1)), size, *adds)
         if size == 0:
             return found
         told, likely = 1.0 if usual is None else usual.told(spread), likely_known(own)
@@ -154,6 +159,18 @@ class Pool:
                 away = way + self.own.way_md[kin].sum(axis=1, dtype=np.float64)  # exact: see `evidence.STEPS`
                 out[:, place, start:stop] = together((score + theirs) / k, away / k - self.usual_way_d, k)
         return np.asarray(out - self.usual_cz[..., None])
+
+    def alike(self, rows: np.ndarray, raw_md: np.ndarray) -> np.ndarray:
+        """Return what `alike_cp` is of the three cells of the pool that are most like others, in the mean, (2, m).
+
+        See `scores` for the parameters.
+        """
+        out = np.zeros((2, len(rows)))
+        if self.alike_cp.any():
+            for start, stop in row_blocks(len(rows), BLOCK):
+                near = self._nearest(rows[start:stop], raw_md[start:stop], AROUND)
+                out[:, start:stop] = self.alike_cp[:, near].mean(axis=2)
+        return out
 
     def _nearest(self, rows: np.ndarray, raw_md: np.ndarray, count: int) -> np.ndarray:
         """Places (m, count) of the cells of the pool that are most like others, but for themselves, nearest first."""
@@ -213,16 +230,24 @@ class KinScores:
         raw_md: np.ndarray,
         own: Evidence,
         at_most: tuple[int, int] = (len(SIZES) - 1, len(SIZES) - 1),
+        alike_cm: np.ndarray | None = None,
     ) -> tuple[KinScores, KinScores]:
         """Score cells of several batches, each among the pool that has the number of its batch.
 
         The first are without what labels say, the second with it, each with no larger size than ``at_most``.
+        ``alike_cm`` (2, m) is added to the scores of cells, not to those of their kin: nothing by default, and where
+        it is not a number what it is of the cells of the pool that are most like them.
         """
         single, plain, most, fewer = np.empty((4, 2, len(rows)))
         size = np.empty((2, len(rows)), np.int64)
         for batch in np.unique(batch_m):
             mine, pool = np.flatnonzero(batch_m == batch), pools[batch]
             found = pool.scores(rows[mine], raw_md[mine], own[mine])
+            if alike_cm is not None:
+                adds = alike_cm[:, mine]
+                unknown = np.flatnonzero(np.isnan(adds[0]))
+                adds[:, unknown] = pool.alike(rows[mine[unknown]], raw_md[mine[unknown]])
+                found = found + adds[:, None]
             single[:, mine] = found[:, 0]
             for c, largest in enumerate(at_most):
                 place = min(pool.size, largest)

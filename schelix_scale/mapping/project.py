@@ -16,16 +16,9 @@ from schelix_scale.features.projection import Projection, clip_genes
 from schelix_scale.features.streams import Streams
 from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.mapping.drawn import DRAWN, Drawing
-from schelix_scale.mapping.genes import (
-    GeneMatch,
-    match_genes,
-    reference_values,
-    require_genes,
-    restricted_streams,
-    shared_target,
-    shared_totals,
-)
+from schelix_scale.mapping.genes import require_genes, restricted_streams
 from schelix_scale.mapping.inputs import batches_digest
+from schelix_scale.mapping.matched import Matched, matched, of_groups
 from schelix_scale.mapping.query import MEASURED, MOVES, RAW, STREAMS, Query, content_order
 from schelix_scale.records import StageRecord
 from schelix_scale.scheduling import run_tasks
@@ -42,9 +35,8 @@ KNOWN = "measured"  # beside the components: which cells have any value of a gen
 class _Encoder:
     """Turns the expression of cells that measured the same genes into components of the reference."""
 
-    match: GeneMatch
+    genes: Matched
     streams: Streams
-    target: float
     learned: tuple[np.ndarray, np.ndarray] | None
     mean_g: np.ndarray
 
@@ -53,14 +45,15 @@ class _Encoder:
 
         Beside it, the reference's values (m, g) of the genes that it uses.
         """
-        total_m = shared_totals(x_mq, self.match)
-        x_mg = reference_values(x_mq, self.match, values, self.target, total_m)
+        x_mg, total_m = self.genes.values(x_mq, values)
         streams = self.streams
         found = {KNOWN: total_m > 0, "anchor": streams.anchor.apply(x_mg)}
         found["variant"] = found["anchor"][:, :0] if streams.variant is None else streams.variant.apply(x_mg)
         if self.learned is not None:
             for name, part, weights in zip(STREAMS, (streams.anchor, streams.variant), self.learned, strict=True):
-                found[f"{name}_learned"] = _learned(x_mg, part, weights, found[name], self.match.place_g, self.mean_g)
+                found[f"{name}_learned"] = _learned(
+                    x_mg, part, weights, found[name], self.genes.match.place_g, self.mean_g
+                )
         return found, x_mg
 
 
@@ -106,7 +99,7 @@ def project(query: Query, drawn: int = 0) -> StageRecord:
             targets[KNOWN] = published.enter_context(query.directory.publish(MEASURED))
             create_array(targets[KNOWN], (n,), "bool")
             size = block_size(store, int(PASS_SHARE * query.budget), query.threads, BLOCK_CELLS)
-            used = np.flatnonzero(encoders[0].match.used_g)
+            used = np.flatnonzero(encoders[0].genes.match.used_g)
             drawing = Drawing(len(query.batches.names), drawn, used, query.directory.path)
 
             def task(span: tuple[int, int]) -> int:
@@ -128,9 +121,9 @@ def project(query: Query, drawn: int = 0) -> StageRecord:
             with drawing:
                 run_tasks(task, list(row_blocks(n, size)), query.threads, None, progress.advance)
                 if drawn:
-                    known = np.stack([encoder.match.place_g[used] >= 0 for encoder in encoders])
+                    known = np.stack([encoder.genes.match.place_g[used] >= 0 for encoder in encoders])
                     drawing.write(published.enter_context(query.directory.publish(DRAWN)), known)
-        facts = min((encoder.match for encoder in encoders), key=lambda match: match.used_share).facts()
+        facts = min((encoder.genes.match for encoder in encoders), key=lambda match: match.used_share).facts()
         blind = _say_blind(query)
         made = [*names.values(), MEASURED, *([DRAWN] if drawn else [])]
         return made, {**facts, "cells_without_genes": blind, "values": values, "learned": learned}
@@ -145,13 +138,8 @@ def _encode(
 
     See `_Encoder.encode`.
     """
-    if query.measured is None:
-        yield np.arange(len(rows)), *encoders[0].encode(x_mq, values)
-        return
-    group_m = query.measured.group_n[rows]
-    for group in np.unique(group_m):
-        chosen = np.flatnonzero(group_m == group)
-        yield chosen, *encoders[group].encode(x_mq[chosen], values)
+    for group, chosen in of_groups(query, rows):
+        yield chosen, *encoders[group].encode(x_mq if len(chosen) == len(rows) else x_mq[chosen], values)
 
 
 def _say_blind(query: Query) -> int:
@@ -167,17 +155,8 @@ def _say_blind(query: Query) -> int:
 
 def _encoders(query: Query) -> list[_Encoder]:
     """Match genes and restrict the projections to those that are there, for each group of cells."""
-    frozen, store, settings = query.frozen, query.store, query.settings
-    genes = frozen.genes
-    used_g = frozen.streams.uses(len(genes))
-    match = match_genes(store, genes, used_g, settings.gene_key)
-    matches = [match]
-    if query.measured is not None:
-        there_pg = query.measured.measured_pg
-        matches = [
-            GeneMatch(np.where((match.place_g >= 0) & there_g[match.place_g], match.place_g, -1), used_g, match.by)
-            for there_g in there_pg
-        ]
+    frozen, store, settings, genes = query.frozen, query.store, query.settings, query.frozen.genes
+    groups = matched(query)
     rows = frozen.sample
     spread = [np.asarray(frozen.raw_na[rows], np.float64).var(axis=0), np.zeros(0)]
     if frozen.streams.variant is not None:
@@ -186,13 +165,12 @@ def _encoders(query: Query) -> list[_Encoder]:
     if frozen.model.loadings is not None:
         parts = frozen.model.loadings.anchor, frozen.model.loadings.variant
         learned = (parts[0].detach().numpy(), parts[1].detach().numpy())
-    mean_g, variance_g = genes["mean"].to_numpy(), genes["var"].to_numpy()
     power, encoders = frozen.config.features.scale_power, []
-    for found in matches:
-        require_genes(found, store, genes, settings.min_genes)
-        streams = restricted_streams(frozen.streams, found, genes, power, (spread[0], spread[1]))
-        encoders.append(_Encoder(found, streams, shared_target(found, mean_g, variance_g), learned, mean_g))
-    worst = min(matches, key=lambda one: one.used_share)
+    for found in groups:
+        require_genes(found.match, store, genes, settings.min_genes)
+        streams = restricted_streams(frozen.streams, found.match, genes, power, (spread[0], spread[1]))
+        encoders.append(_Encoder(found, streams, learned, genes["mean"].to_numpy()))
+    worst = min((found.match for found in groups), key=lambda one: one.used_share)
     facts = worst.facts()
     say = query.reporter.warn if facts["used_genes_missing"] else query.reporter.say
     lacking = f"; {facts['used_genes_missing']:,} of those it uses are missing ({1 - worst.used_share:.1%})"

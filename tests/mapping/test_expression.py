@@ -1,4 +1,4 @@
-"""What is left over of expression, and what kin have in common of it, against dense computations of other libraries."""
+"""What kin have in common of what is left over of expression, against dense computations of other libraries."""
 
 from __future__ import annotations
 
@@ -7,74 +7,17 @@ from itertools import combinations
 import numpy as np
 import pytest
 from scipy import sparse
-from sklearn.linear_model import Ridge
 from sklearn.metrics.pairwise import cosine_similarity
 
 from schelix_scale import Reference
 from schelix_scale.graph.vectors import unit_rows
-from schelix_scale.mapping.expression import (
-    Shared,
-    in_common,
-    left_over,
-    of_noise,
-    pool_in_common,
-    usual_common,
-)
+from schelix_scale.mapping.expression import Shared, in_common, pool_in_common, usual_common
+from schelix_scale.mapping.leftover import LeftOver, of_noise
 from schelix_scale.mapping.odd_votes import often
 from schelix_scale.mapping.profiles import Profiles, Scaling
 from schelix_scale.transfer import Labels
+from tests.mapping.test_leftover import left_over
 from tests.mapping.test_profiles import RNG, sketch
-
-
-def test_what_is_left_over_against_ridge_regression() -> None:
-    """Each gene: above the neighbours', less the batch's mean, less the slope that scikit-learn finds."""
-    rng = RNG(3)
-    around = rng.gamma(2.0, size=(60, 12))
-    own = 0.3 + 1.4 * around + rng.normal(size=(60, 12))
-    likely = np.arange(60) % 2 == 0
-    found = left_over(own, around, None, likely)
-    spread = around - around.mean(axis=0)
-    for gene in range(12):
-        left = (own - around)[:, gene]
-        left = left - left[likely].mean()
-        ridge = Ridge(alpha=10 * (spread**2).mean(), fit_intercept=False).fit(spread[:, [gene]], left)
-        left = left - ridge.predict(spread[:, [gene]])
-        np.testing.assert_allclose(found[:, gene], left - left[likely].mean(), atol=1e-6)
-
-
-def test_what_a_batch_is_off_by_is_not_left_over() -> None:
-    """A batch that measures genes twice as well, or adds to all of them, says nothing; a type of its own does."""
-    rng = RNG(4)
-    kind = np.repeat(np.arange(4), 100)
-    around = rng.gamma(2.0, size=(4, 50))[kind]
-    own = around * rng.uniform(0.5, 2.0, 50) + rng.normal(size=50)
-    likely = np.ones(400, bool)
-    calm = np.abs(left_over(own, around, None, likely)).mean()
-    assert calm < 0.05
-    own[kind == 3] += rng.normal(size=50)
-    left = np.abs(left_over(own, around, None, kind < 3)).mean(axis=1)
-    assert left[kind == 3].mean() > 5 * left[kind < 3].mean()
-
-
-def test_genes_that_are_not_known_leave_nothing() -> None:
-    rng = RNG(5)
-    own, around, known = rng.gamma(2.0, size=(40, 8)), rng.gamma(2.0, size=(40, 8)), np.ones((40, 8), bool)
-    likely = np.arange(40) < 25
-    known[:, [1, 5]] = False
-    found, without = (
-        left_over(own, around, known, likely),
-        left_over(own[:, known[0]], around[:, known[0]], None, likely),
-    )
-    assert (found[:, [1, 5]] == 0).all()
-    all_genes = np.sqrt(8 / 6)  # what is left of those that are known stands for all
-    np.testing.assert_allclose(found[:, known[0]], without * all_genes, rtol=1e-5)
-    none = left_over(own, around, np.zeros((40, 8), bool), likely)
-    assert (none == 0).all()
-    some = np.ones((40, 8), bool)
-    some[:10, 3] = False
-    left = left_over(own, around, some, likely)
-    assert (left[:10, 3] == 0).all()
-    assert left[10:25, 3].mean() == pytest.approx(0, abs=1e-6), "the mean of those in which it is known"
 
 
 def test_what_kin_have_in_common_is_the_mean_product_of_two_of_them() -> None:
@@ -87,28 +30,6 @@ def test_what_kin_have_in_common_is_the_mean_product_of_two_of_them() -> None:
             pairs = combinations([cell, *kin[cell, : size - 1]], 2)
             expected = np.mean([(left[a] * left[b]).sum() for a, b in pairs])
             assert found[cell, place] == pytest.approx(expected, rel=1e-4, abs=1e-4)
-
-
-@pytest.mark.parametrize("cells", [28, 105, 600])
-def test_noise_has_nothing_in_common(cells: int) -> None:
-    """Nor has it where means and slopes were fitted to few cells; what some of them share is seen beside it."""
-    rng, h = RNG(7), 2_000
-    kind = np.arange(cells) % 4
-    around = rng.gamma(2.0, size=(4, h))[kind] + rng.normal(size=(cells, h)) * 0.1
-    likely = np.arange(cells) < cells // 2
-    same = kind[:, None] == kind
-    found = {name: [] for name in ("likely", "not", "likely, same", "not, same")}
-    for _ in range(20):
-        left = left_over(around + rng.normal(size=(cells, h)), around, None, likely)
-        products = left @ left.T - of_noise(left, around, None, likely)
-        np.fill_diagonal(products, np.nan)
-        for name, half in (("likely", likely), ("not", ~likely)):
-            pairs = half[:, None] & half
-            found[name].append(np.nanmean(products[pairs & ~same]))
-            found[f"{name}, same"].append(np.nanmean(products[pairs & same]))
-    of_mean = h / (cells // 2)
-    for name, values in found.items():
-        assert abs(np.mean(values)) < 0.2 * of_mean + 2, name
 
 
 def test_neighbours_of_one_batch_tell_nothing() -> None:
@@ -124,7 +45,9 @@ def test_neighbours_of_one_batch_tell_nothing() -> None:
     off, likely = np.arange(800)[cells] % 8 < 2, np.ones(400, bool)
     raw = np.c_[anchor[cells], off * 3.0]
     values = sparse.csr_matrix(own[cells].astype(np.float32))
-    found = pool_in_common(profiles, values, None, unit_rows(anchor[cells]), raw, likely, np.ones(400))[:, -1]
+    found = pool_in_common(
+        LeftOver.of_pool(profiles, values, None, unit_rows(anchor[cells]), likely, np.ones(400)), raw
+    )[:, -1]
     assert found[off & (kind[cells] == 0)].mean() > 20 * abs(found[off & (kind[cells] == 1)]).mean()
 
 
@@ -177,7 +100,7 @@ def test_kin_are_one_in_seven_of_a_pool(cells: int, columns: int) -> None:
     profiles = Profiles.of_sketch(sketch(x_ng, np.arange(200) % 2), scaling, anchor, 0)
     new, own = rng.normal(size=(cells, 4)), sparse.csr_matrix(rng.poisson(1.0, (cells, 6)).astype(np.float32))
     likely = np.arange(cells) % 2 == 0
-    found = pool_in_common(profiles, own, None, unit_rows(new), new, likely, np.full(cells, 0.5))
+    found = pool_in_common(LeftOver.of_pool(profiles, own, None, unit_rows(new), likely, np.full(cells, 0.5)), new)
     assert found.shape == (cells, columns)
     if columns:
         around = profiles.around(unit_rows(new))
@@ -198,6 +121,6 @@ def test_copies_of_a_cell_share_their_noise_and_nothing_else() -> None:
     new, own = rng.normal(size=(181, 4))[cell], (5 + rng.normal(size=(181, 300)))[cell]
     likely, every = np.arange(200) >= 20, np.ones(200)
     values = sparse.csr_matrix(own.astype(np.float32))
-    found = pool_in_common(known, values, None, unit_rows(new), new, likely, every)[:, -1]
+    found = pool_in_common(LeftOver.of_pool(known, values, None, unit_rows(new), likely, every), new)[:, -1]
     np.testing.assert_array_equal(found[:20], 0)
     assert np.abs(found[20:]).max() > 1

@@ -12,12 +12,10 @@ import pytest
 from scipy import sparse
 
 from schelix_scale import Reference, extend, integrate, map_cells
-from schelix_scale.mapping import calibration, encode, query
+from schelix_scale.mapping import calibration, in_common, query
 from schelix_scale.mapping import held_out as held_out_module
-from schelix_scale.mapping.expression import (
-    pool_in_common,
-)
 from schelix_scale.mapping.held_out import hold_out
+from schelix_scale.mapping.leftover import LeftOver
 from schelix_scale.mapping.profiles import Profiles
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.progress import QuietReporter
@@ -60,7 +58,7 @@ def test_held_out_cells_are_those_of_the_sketch(
     Kin among fewer cells are not as alike, so that expression says nothing where the sketch has too few of all.
     """
     monkeypatch.setattr(held_out_module, "LEAST_OF_BATCH", asked)
-    monkeypatch.setattr(held_out_module, "LEAST_BATCHES", 2)
+    monkeypatch.setattr(in_common, "LEAST_BATCHES", 2)
     frozen, settings = reference.frozen, MapConfig(calibration_cells=100)
     whole = frozen.sketch()
     part = whole.of_cells(np.flatnonzero((whole.batch_n != 1) & (np.arange(len(whole.rows)) % 2 == 0)))
@@ -121,9 +119,11 @@ def test_what_was_measured_in_part_of_the_cells_is_passed_on(
 ) -> None:
     frozen, asked = reference.frozen, []
 
-    def remember(*parts: Any) -> np.ndarray:
-        asked.append((parts[2], parts[7] if len(parts) > 7 else None))
-        return pool_in_common(*parts)
+    whole_pool = LeftOver.of_pool
+
+    def remember(*parts: Any) -> LeftOver:
+        asked.append((parts[2], parts[6] if len(parts) > 6 else None))
+        return whole_pool(*parts)
 
     g = len(frozen.genes)
     there_pg = np.ones((2, g), bool)
@@ -134,7 +134,7 @@ def test_what_was_measured_in_part_of_the_cells_is_passed_on(
         group_n = (whole.batch_n == 1).astype(np.int32)
         part = replace(whole, measured=Measured(group_n, ("x", "y"), there_pg))
         monkeypatch.setattr(type(frozen), "sketch", lambda _: part)
-        monkeypatch.setattr(held_out_module, "pool_in_common", remember)
+        monkeypatch.setattr(LeftOver, "of_pool", remember)
         hold_out(replace(frozen), MapConfig())
         assert {batch for _, batch in asked} == {0, 1, 2}
         for known, batch in asked:
@@ -142,7 +142,8 @@ def test_what_was_measured_in_part_of_the_cells_is_passed_on(
         return
     group_n = (np.arange(atlas.known.n_obs) % 3 == 0).astype(np.int32)
     monkeypatch.setattr(query, "partly_measured", lambda _: Measured(group_n, ("x", "y"), there_pg))
-    monkeypatch.setattr(encode, "pool_in_common", remember)
+    reference.map(atlas.known, batch_key="batch")  # calibrates
+    monkeypatch.setattr(LeftOver, "of_pool", remember)
     reference.map(atlas.known, batch_key="batch")
     ((known, _),) = asked
     expected = there_pg[group_n][:, genes].sum(axis=1)
@@ -154,11 +155,14 @@ def test_genes_that_a_query_lacks_are_not_taken_for_zeros(
 ) -> None:
     asked = []
 
-    def remember(profiles: Profiles, own_ph: sparse.csr_matrix, *rest: Any) -> np.ndarray:
-        asked.append((own_ph.toarray(), rest[0]))
-        return pool_in_common(profiles, own_ph, *rest)
+    whole_pool = LeftOver.of_pool
 
-    monkeypatch.setattr(encode, "pool_in_common", remember)
+    def remember(profiles: Profiles, own_ph: sparse.csr_matrix, *rest: Any) -> LeftOver:
+        asked.append((own_ph.toarray(), rest[0]))
+        return whole_pool(profiles, own_ph, *rest)
+
+    reference.map(atlas.known, batch_key="batch")  # calibrates
+    monkeypatch.setattr(LeftOver, "of_pool", remember)
     kept = np.flatnonzero(np.arange(atlas.known.n_vars) % 5 > 1)
     for cells_of in (atlas.known, atlas.known[:, kept]):
         reference.map(cells_of.copy(), batch_key="batch")

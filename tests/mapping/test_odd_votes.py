@@ -15,6 +15,7 @@ from sklearn.metrics.pairwise import cosine_distances
 
 from schelix_scale import Reference
 from schelix_scale.mapping import odd_votes as odd_votes_module
+from schelix_scale.mapping.by_label import voted
 from schelix_scale.mapping.calibration import LEAST, calibrate
 from schelix_scale.mapping.held_out import hold_out
 from schelix_scale.mapping.kin import KinScores
@@ -154,6 +155,7 @@ def test_labels_tell_of_a_type_between_two(reference: Reference, atlas: Atlas, t
     assert more[new].max() > 0.5 > more[~new].max(), "neighbours of both types are no label's usual ones"
     score = told.obs["schelix_novelty"].to_numpy()
     p = calibration.novelty.p_values(KinScores(score, score, score, score, np.zeros(len(score), int)))
+    p = calibration.by_label.p_values(p, voted(columns, indices, distances))
     np.testing.assert_allclose(told.obs["schelix_novelty_p"], p, atol=1e-6)
     np.testing.assert_array_equal(alone.embedding, told.embedding, "a latent does not depend on labels")
 

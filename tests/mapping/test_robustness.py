@@ -16,6 +16,8 @@ from scipy import sparse
 from schelix_scale import Reference, extend, open_store
 from schelix_scale.errors import DataError, RunError
 from schelix_scale.mapping import encode
+from schelix_scale.mapping.alike import UsuallyAlike
+from schelix_scale.mapping.by_label import ByLabel
 from schelix_scale.mapping.calibration import Calibration, KinCalibration, calibrate
 from schelix_scale.mapping.columns import LabelColumns, check_keys
 from schelix_scale.mapping.correction import fit_batch
@@ -194,9 +196,11 @@ def test_a_calibration_is_kept_as_it_is(tmp_path: Path) -> None:
     novelty = KinCalibration(tuple(parts[:5]), tuple(parts[5:10]))
     unlabelled = KinCalibration(tuple(parts[10:12]), tuple(parts[12:]))
     usual, shared = Usual(7.5, np.arange(10.0).reshape(2, 5)), Shared(np.arange(3.0))
-    Calibration(novelty, unlabelled, (label,), np.arange(9.0).reshape(3, 3), usual, 123, shared).save(
-        tmp_path / "c.npz"
-    )
+    by_label = ByLabel(np.arange(4.0), np.full(4, 0.25), np.arange(4)[None])
+    alike = UsuallyAlike(1.5, np.inf)
+    whitening = np.arange(9.0).reshape(3, 3)
+    saved = Calibration(novelty, unlabelled, (label,), whitening, usual, 123, shared, alike, by_label)
+    saved.save(tmp_path / "c.npz")
     again = Calibration.load(tmp_path / "c.npz")
     found = [*again.novelty.sizes, *again.novelty.both, *again.unlabelled.sizes, *again.unlabelled.both]
     for one, other in zip(found, parts, strict=True):
@@ -207,6 +211,9 @@ def test_a_calibration_is_kept_as_it_is(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.usual.score_cz, usual.score_cz)
     np.testing.assert_array_equal(again.labels[0].usual_ll, label.usual_ll)
     assert again.pool == 123
+    assert again.usually_alike == alike
+    for name in ("p_s", "weight_s", "code_cs"):
+        np.testing.assert_array_equal(getattr(again.by_label, name), getattr(by_label, name))
     np.testing.assert_array_equal(again.shared.usual_z, shared.usual_z)
     np.testing.assert_array_equal(again.whitening_dd, np.arange(9.0).reshape(3, 3))
     assert (again.labels[0].temperature, again.labels[0].floor) == (1.5, 0.02)

@@ -1,0 +1,129 @@
+"""What is left over of expression -> how much of it each cell has in common with those of its batch most alike in it.
+
+A type that the reference lacks can lie scattered among others in the reference's components, so that its cells are not
+kin there: those with genes of their own that nothing else tells. They are alike in what is left over. Noise makes the
+most alike of hundreds of cells so, too; how much is measured on held-out batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from schelix_scale.mapping.evidence import STEPS
+from schelix_scale.mapping.expression import SHARE, SIZES
+from schelix_scale.mapping.leftover import LeftOver
+from schelix_scale.mapping.profiles import TINY
+
+MOST = 8  # cells that are most alike, at most: one in seven of a pool with the cell itself, if that is less
+CAP = 6.0  # standard deviations at which what is left over is cut: two cells of one rare gene are not a type
+KNEE, HIGH = 0.9, 0.99  # of held-out cells are below what counts, and below what is high
+MANY = 0.02  # of a pool above what is high, twice as many as usual: the other cells of its batch are read again
+WEIGHT = 5.0  # how much it counts, beside how far a cell is
+COPY = 1e-6  # cosine distance below which a cell is a copy of another
+
+
+@dataclass(frozen=True)
+class Alike:
+    """Cells of a pool with which cells of the same batch are compared.
+
+    Attributes
+    ----------
+    left_ph, unit_pa
+        (p, h) float32 what is left over of them, and (p, a) corrected Anchor components, of norm 1.
+    product_pp
+        (p, p) what each two have in common: 0 of copies of a cell.
+    most
+        How many that are most alike count.
+    usual
+        What cells of the batch that are probably not novel have in common with these, in the median.
+    """
+
+    left_ph: np.ndarray
+    unit_pa: np.ndarray
+    product_pp: np.ndarray
+    most: int
+    usual: float
+
+    @classmethod
+    def of_pool(cls, left: LeftOver) -> tuple[Alike | None, np.ndarray]:
+        """Compare all cells of a pool with each other.
+
+        Returns
+        -------
+        None for a pool of less than 28 cells; and what its cells have in common with those most alike, (p,), as a
+        multiple of what is usual in the batch, as far as what is left over of a cell counts: 0 if it is not known.
+        """
+        p = len(left.left_ph)
+        if p < SIZES[0] * SHARE:
+            return None, np.zeros(p)
+        values = np.clip(left.left_ph, -CAP, CAP).astype(np.float32)
+        product = _products(values, values)
+        same = left.same_p[:, None] == left.same_p
+        found = cls(values, left.unit_pa, np.where(same, 0.0, product), min(MOST, p // SHARE - 1), 1.0)
+        common = found._with_most_alike(np.where(same, -np.inf, product))
+        usual = float(np.median(np.abs(common[left.likely_p]))) if left.likely_p.any() else 0.0
+        if usual <= TINY:
+            return None, np.zeros(p)
+        return replace(found, usual=usual), left.counts_p * common / usual
+
+    def of_others(self, left_mh: np.ndarray, counts_m: np.ndarray, unit_ma: np.ndarray) -> np.ndarray:
+        """Return what other cells of the batch have in common with the most alike of these, (m,), see `of_pool`."""
+        product = _products(np.clip(left_mh, -CAP, CAP).astype(np.float32), self.left_ph)
+        product[unit_ma @ self.unit_pa.T > 1 - COPY] = -np.inf
+        return np.asarray(counts_m * self._with_most_alike(product) / self.usual)
+
+    def _with_most_alike(self, product_mp: np.ndarray) -> np.ndarray:
+        """Mean over the pairs (m,) of a cell and those most alike it; -inf where the two are copies: not alike.
+
+        Pairs of the latter count no more than the cell itself has in common with them: it is not one of them otherwise.
+        """
+        k = self.most
+        near = np.argpartition(-product_mp, k - 1, axis=1)[:, :k]
+        near.sort(axis=1)  # no order decides a digit
+        own = np.take_along_axis(product_mp, near, axis=1)
+        own_m = np.where(np.isfinite(own), own, 0.0).sum(axis=1) / k
+        theirs_m = self.product_pp[near[:, :, None], near[:, None, :]].sum(axis=(1, 2)) / max(k * (k - 1), 1)
+        return np.asarray((2 * own_m + (k - 1) * np.minimum(theirs_m, own_m)) / (k + 1))
+
+
+def _products(left_mh: np.ndarray, left_ph: np.ndarray) -> np.ndarray:
+    """Return what cells have in common, (m, p) float64: exact enough that the order of sums hardly ever decides."""
+    return np.asarray(left_mh.astype(np.float64) @ left_ph.astype(np.float64).T)
+
+
+@dataclass(frozen=True)
+class UsuallyAlike:
+    """How much cells of known types have in common with those most alike, as multiples of what is usual in a batch.
+
+    Attributes
+    ----------
+    knee, high
+        What 90 and 99 % of the cells of a held-out batch are below, in the median over batches; infinite if that is not
+        known: then it says nothing of new cells.
+    """
+
+    knee: float
+    high: float
+
+    @classmethod
+    def fit(cls, parts: Sequence[np.ndarray]) -> UsuallyAlike:
+        """Take held-out batches, (p,) each, whose expression is known."""
+        if not parts:
+            return cls(np.inf, np.inf)
+        knee, high = (float(np.median([np.quantile(part, level) for part in parts])) for level in (KNEE, HIGH))
+        return cls(knee, high) if knee > TINY else cls(np.inf, np.inf)
+
+    def adds(self, alike_m: np.ndarray, often_m: np.ndarray) -> np.ndarray:
+        """Return what it adds to scores, (2, m), without and with what labels say: 5 log(t / knee), and of f^2 t.
+
+        At least 0. ``often_m`` is f, see `odd_votes.often`.
+        """
+        both = np.stack([alike_m, often_m**2 * alike_m]) / self.knee
+        return np.asarray(np.rint(WEIGHT * np.log(np.maximum(both, 1.0)) * STEPS) / STEPS)
+
+    def looks_again(self, alike_p: np.ndarray) -> bool:
+        """Say whether a pool has at least twice as many cells above what is high as usual."""
+        return bool((alike_p > self.high).mean() >= MANY) if len(alike_p) else False

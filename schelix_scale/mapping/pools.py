@@ -1,0 +1,149 @@
+"""Cells of new batches whose expression was kept -> pools among which cells have their kin, and what is alike in them.
+
+Where a pool has many cells that are as alike in their expression as those of a known type hardly ever are, the other
+cells of the batch are read a second time, and compared with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from schelix_scale.features.onepass import PASS_SHARE, block_size
+from schelix_scale.graph.vectors import row_blocks, unit_rows
+from schelix_scale.mapping.alike import Alike
+from schelix_scale.mapping.calibration import Calibration
+from schelix_scale.mapping.drawn import DRAWN, Drawn
+from schelix_scale.mapping.evidence import Evidence, mean_around, whitened
+from schelix_scale.mapping.expression import pool_in_common
+from schelix_scale.mapping.kin import Pool, likely_known, spread_of
+from schelix_scale.mapping.leftover import LeftOver, Told
+from schelix_scale.mapping.matched import matched, read_values
+from schelix_scale.mapping.novelty import NEIGHBORS
+from schelix_scale.mapping.odd_votes import oddest_votes, often
+from schelix_scale.mapping.query import CORRECTED, DISTANCES, INDICES, MEASURED, RAW, Query
+from schelix_scale.mapping.reference import Frozen
+from schelix_scale.scheduling import run_tasks
+from schelix_scale.transfer import Labels
+
+LOOK_CELLS = 1_024  # that are read again at once: all of their genes are held
+TOGETHER = 32  # batches whose pools are held with all genes: some 10 MB each
+
+
+@dataclass(frozen=True)
+class Strange:
+    """A pool in which many cells are as alike as those of known types hardly ever are.
+
+    Attributes
+    ----------
+    told
+        What is taken off the expression of other cells of the batch.
+    alike
+        What these are compared with.
+    """
+
+    told: Told
+    alike: Alike
+
+
+def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration) -> tuple[list[Pool], np.ndarray]:
+    """Find the cells of each batch among which its cells have their kin: those whose expression was kept.
+
+    Returns
+    -------
+    The pools by number of the batch; and what the expression of each cell of the query has in common with that of the
+    most alike of its pool, (n,), see `alike.Alike`: not a number of cells that are in none, and were not read again.
+    """
+    raw, corrected = query.load(RAW.format("anchor")), query.load(CORRECTED.format("anchor"))
+    indices, distances = query.load(INDICES), query.load(DISTANCES)
+    frozen, drawn, measured = query.frozen, Drawn.open(query.directory.path / DRAWN), query.measured
+    pools: list[Pool | None] = [None] * len(query.batches.names)
+    size_b = np.bincount(query.batches.codes, minlength=len(pools))
+    alike_n = np.full(query.store.n_cells, np.nan)
+    strange: dict[int, Strange] = {}
+
+    def find(code: int) -> int:
+        rows, x_ph = drawn.of_batch(code, calibration.pool)  # as drawn: no order of the query decides a digit
+        parts = raw[rows], corrected[rows], indices[rows], distances[rows]
+        own = evidence(frozen, labels, calibration, *parts, frozen.widths(parts[2][:, :NEIGHBORS]))
+        spread = spread_of(frozen.clusters.weights(parts[1]))
+        known = drawn.known_gh[np.zeros(len(rows), np.int64) if measured is None else measured.group_n[rows]]
+        left = LeftOver.of_pool(
+            frozen.profiles,
+            frozen.scaling.of_used(x_ph),
+            None if known.all() else known,
+            unit_rows(parts[1]),
+            likely_known(own),
+            frozen.told(parts[2]),
+        )
+        common = pool_in_common(left, parts[0])
+        among, alike_n[rows] = Alike.of_pool(left)
+        if among is not None and len(rows) < size_b[code] and calibration.usually_alike.looks_again(alike_n[rows]):
+            strange[code] = Strange(left.told, among)
+        by_row = np.argsort(rows)
+        often_p = often(labels, frozen.profiles, *parts[2:])
+        adds = [calibration.shared.of_pool(common, often_p), calibration.usually_alike.adds(alike_n[rows], often_p)]
+        most, usual = max(calibration.most), calibration.usual
+        pools[code] = Pool.of_cells(
+            rows[by_row], parts[0][by_row], own[by_row], most, usual, spread, *(part[:, by_row] for part in adds)
+        )
+        return len(rows)
+
+    for start, stop in row_blocks(len(pools), TOGETHER):
+        run_tasks(find, range(start, stop), query.threads)
+        if strange:
+            look_again(query, strange, alike_n)
+        strange.clear()
+    return [pool for pool in pools if pool is not None], alike_n
+
+
+def look_again(query: Query, strange: Mapping[int, Strange], alike_n: np.ndarray) -> None:
+    """Read those cells of some batches again that are in no pool, and compare them with the pool of their batch.
+
+    Parameters
+    ----------
+    strange
+        By number of the batch.
+    alike_n
+        (n,) what they have in common is written here, where it is not a number.
+    """
+    frozen, codes = query.frozen, query.batches.codes
+    corrected, indices = query.load(CORRECTED.format("anchor")), query.load(INDICES)
+    rows = np.flatnonzero(np.isnan(alike_n) & np.isin(codes, list(strange)) & np.asarray(query.load(MEASURED)))
+    genes, kind = matched(query), query.directory.record("project").details["values"]
+    size = block_size(query.store, int(PASS_SHARE * query.budget), query.threads, LOOK_CELLS)
+    with query.reporter.stage("look again", len(rows)) as progress:
+
+        def task(span: tuple[int, int]) -> int:
+            block = rows[slice(*span)]
+            for chosen, x_mg, known_g in read_values(query, genes, block, kind):
+                own, known_h = frozen.scaling(x_mg), known_g[frozen.scaling.genes]
+                for code in np.unique(codes[block[chosen]]).tolist():
+                    mine = np.flatnonzero(codes[block[chosen]] == code)
+                    there, those = block[chosen[mine]], strange[code]
+                    unit = unit_rows(corrected[there])
+                    known = None if known_h.all() else np.tile(known_h, (len(mine), 1))
+                    left, counts = those.told.left_over(own[mine], known, unit, frozen.told(indices[there]))
+                    alike_n[there] = those.alike.of_others(left, counts, unit)
+            return len(block)
+
+        run_tasks(task, list(row_blocks(len(rows), size)), query.threads, None, progress.advance)
+
+
+def evidence(
+    frozen: Frozen,
+    labels: Sequence[Labels],
+    calibration: Calibration,
+    raw_ma: np.ndarray,
+    corrected_ma: np.ndarray,
+    indices_mk: np.ndarray,
+    distances_mk: np.ndarray,
+    width_mk: np.ndarray,
+) -> Evidence:
+    """Return what tells how novel cells are: of their neighbours the first 7 count, and the labels of more."""
+    odd = oddest_votes(labels, calibration.labels, indices_mk, distances_mk)
+    around = mean_around(frozen.anchor_na, indices_mk)
+    score = frozen.novelty(np.asarray(raw_ma), corrected_ma, around, distances_mk, width_mk)
+    return Evidence.of_cells(score, odd, whitened(corrected_ma - around, calibration.whitening_dd))
