@@ -18,7 +18,7 @@ from schelix_scale.mapping.leftover import LeftOver
 from schelix_scale.mapping.profiles import TINY
 
 MOST = 8  # cells that are most alike, at most: one in seven of a pool with the cell itself, if that is less
-CAP = 6.0  # standard deviations at which what is left over is cut: two cells of one rare gene are not a type
+CAP = 4.0  # standard deviations at which what is left over is cut: two cells of one rare gene are not a type
 KNEE, HIGH = 0.9, 0.99  # of held-out cells are below what counts, and below what is high
 MANY = 0.02  # of a pool above what is high, twice as many as usual: the other cells of its batch are read again
 WEIGHT = 5.0  # how much it counts, beside how far a cell is

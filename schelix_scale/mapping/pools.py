@@ -122,11 +122,13 @@ def look_again(query: Query, strange: Mapping[int, Strange], alike_n: np.ndarray
                 own, known_h = frozen.scaling(x_mg), known_g[frozen.scaling.genes]
                 for code in np.unique(codes[block[chosen]]).tolist():
                     mine = np.flatnonzero(codes[block[chosen]] == code)
-                    there, those = block[chosen[mine]], strange[code]
-                    unit = unit_rows(corrected[there])
-                    known = None if known_h.all() else np.tile(known_h, (len(mine), 1))
-                    left, counts = those.told.left_over(own[mine], known, unit, frozen.told(indices[there]))
-                    alike_n[there] = those.alike.of_others(left, counts, unit)
+                    for start, stop in row_blocks(len(mine), LOOK_CELLS):  # of a store that is scanned there are more
+                        part = mine[start:stop]
+                        there, those = block[chosen[part]], strange[code]
+                        unit = unit_rows(corrected[there])
+                        known = None if known_h.all() else np.tile(known_h, (len(part), 1))
+                        left, counts = those.told.left_over(own[part], known, unit, frozen.told(indices[there]))
+                        alike_n[there] = those.alike.of_others(left, counts, unit)
             return len(block)
 
         run_tasks(task, list(row_blocks(len(rows), size)), query.threads, None, progress.advance)

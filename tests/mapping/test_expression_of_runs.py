@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from scipy import sparse
 
 from schelix_scale import Reference, extend, integrate, map_cells
-from schelix_scale.mapping import calibration, in_common, query
+from schelix_scale.mapping import calibration, encode, in_common, pools, query
 from schelix_scale.mapping import held_out as held_out_module
 from schelix_scale.mapping.held_out import hold_out
 from schelix_scale.mapping.leftover import LeftOver
@@ -24,29 +24,87 @@ from tests.mapping.conftest import NOVEL, SETTINGS, Atlas, cells
 from tests.mapping.test_profiles import RNG
 
 
-def test_what_a_type_has_beside_the_components_makes_it_novel(atlas: Atlas, tmp_path: Path) -> None:
-    """Two kinds of cells that have the same components, as far as the reference can tell: one has genes of its own.
+@dataclass(frozen=True)
+class Quiet:
+    """A run, a new batch, and which of its cells are of a type that the run's components cannot tell from another.
 
-    The genes are noise in the reference, a tenth of those that it uses.
+    It has genes of its own, which are noise in the reference: a tenth of those that it uses.
     """
-    rng = RNG(11)
+
+    run: Path
+    new: anndata.AnnData
+    mine: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def quiet(atlas: Atlas, tmp_path_factory: pytest.TempPathFactory) -> Quiet:
+    rng, run = RNG(11), tmp_path_factory.mktemp("quiet") / "run"
     parts = [atlas.reference.X.toarray(), atlas.known.X.toarray()]
-    quiet = [np.concatenate([part, rng.poisson(3.0, (len(part), 40))], axis=1) for part in parts]
+    more = [np.concatenate([part, rng.poisson(3.0, (len(part), 40))], axis=1) for part in parts]
     old, new = (
         anndata.AnnData(sparse.csr_matrix(x.astype(np.float32)), obs=cells.obs.copy())
-        for x, cells in zip(quiet, (atlas.reference, atlas.known), strict=True)
+        for x, cells in zip(more, (atlas.reference, atlas.known), strict=True)
     )
-    integrate(old, batch_key="batch", out=tmp_path / "run", reporter=QuietReporter(), **SETTINGS)
-    mine = np.flatnonzero((new.obs["cell_type"] == "type1").to_numpy())
+    integrate(old, batch_key="batch", out=run, reporter=QuietReporter(), **SETTINGS)
+    mine = (new.obs["cell_type"] == "type1").to_numpy()
     x_ng = new.X.toarray()
     pattern = np.where(np.arange(40) % 2, 3.0, 1 / 3)
-    x_ng[np.ix_(mine, np.arange(40) + x_ng.shape[1] - 40)] = rng.poisson(3.0 * pattern, (len(mine), 40))
+    x_ng[np.ix_(np.flatnonzero(mine), np.arange(40) + x_ng.shape[1] - 40)] = rng.poisson(3 * pattern, (mine.sum(), 40))
     new.X = sparse.csr_matrix(x_ng)
-    found = map_cells(tmp_path / "run", new, batch_key="batch", reporter=QuietReporter()).obs
+    return Quiet(run, new, mine)
+
+
+def test_what_a_type_has_beside_the_components_makes_it_novel(quiet: Quiet) -> None:
+    """Two kinds of cells that have the same components, as far as the reference can tell."""
+    found = map_cells(quiet.run, quiet.new, batch_key="batch", reporter=QuietReporter()).obs
     novel = (found["schelix_novelty_p"] <= 0.05).to_numpy()
-    others = np.setdiff1d(np.arange(len(novel)), mine)
-    assert novel[mine].mean() > 0.8
-    assert novel[others].mean() < 0.05
+    assert novel[quiet.mine].mean() > 0.8
+    assert novel[~quiet.mine].mean() < 0.05
+
+
+def test_cells_that_are_in_no_pool_are_read_again_where_a_pool_is_strange(
+    quiet: Quiet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 160 cells 60 are drawn: each of the others is read a second time, and only of a batch that has a new type."""
+    monkeypatch.setattr(held_out_module, "LEAST_OF_BATCH", 60)
+    known = quiet.new[~quiet.mine].copy()
+    known.obs["batch"] = "known"
+    query = anndata.concat([quiet.new, known], index_unique="-")
+    new, mine = np.arange(query.n_obs) < quiet.new.n_obs, np.r_[quiet.mine, np.zeros(known.n_obs, bool)]
+    read: list[np.ndarray] = []
+    alike: list[np.ndarray] = []
+    readers, finders = pools.read_values, encode.find_pools
+
+    def remember(*parts: Any) -> Any:
+        read.append(parts[2])
+        return readers(*parts)
+
+    def find(*parts: Any) -> Any:
+        found = finders(*parts)
+        alike.append(found[1])
+        return found
+
+    monkeypatch.setattr(pools, "read_values", remember)
+    monkeypatch.setattr(encode, "find_pools", find)
+
+    def p_values(cells: anndata.AnnData) -> np.ndarray:
+        found = map_cells(quiet.run, cells, batch_key="batch", reporter=QuietReporter(), calibration_cells=100)
+        return found.obs["schelix_novelty_p"].to_numpy()
+
+    p = p_values(query)
+    again = np.sort(np.concatenate(read))
+    assert len(again) == len(np.unique(again)) == new.sum() - 60
+    assert new[again].all()
+    assert np.isfinite(alike[0]).sum() == new.sum() + 60, "of the known ones those that were drawn"
+    assert np.median(alike[0][again][mine[again]]) > 1.5 * np.quantile(alike[0][again][~mine[again]], 0.95)
+    assert (p[mine & np.isin(np.arange(len(p)), again)] <= 0.05).mean() > 0.8
+    assert (p[~mine] <= 0.05).mean() < 0.08
+    monkeypatch.setattr(pools, "LOOK_CELLS", 7)
+    monkeypatch.setattr(pools, "TOGETHER", 1)
+    backwards = p_values(query[::-1].copy())
+    np.testing.assert_allclose(backwards[::-1], p, atol=1e-6)
+    np.testing.assert_allclose(alike[1][::-1], alike[0], rtol=1e-6)
+    assert max(map(len, read[1:])) <= 7
 
 
 @pytest.mark.parametrize(("asked", "silent"), [(60, [1]), (400, [0, 1, 2])])

@@ -242,7 +242,8 @@ def test_tiny_batches_do_not_decide_the_covariance() -> None:
 def test_held_out_cells_have_kin_in_their_batch(reference: Reference) -> None:
     frozen: Frozen = reference.frozen
     held_out = hold_out(frozen, MapConfig())
-    held_out = replace(held_out, common_of=[common[:, :0] for common in held_out.common_of])  # expression is silent
+    silent = [common[:, :0] for common in held_out.common_of]
+    held_out = replace(held_out, common_of=silent, alike=held_out.alike * 0)
     rows, (scores, _) = held_out.rows, held_out.with_kin(*np.zeros((2, len(held_out.rows))))
     batch, raw = frozen.batch_n[rows], np.asarray(frozen.raw_na[rows])
     assert held_out.pool >= np.bincount(batch).max(), "all are in the pool, for this to be told"
