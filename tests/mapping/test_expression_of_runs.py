@@ -12,6 +12,7 @@ import pytest
 from scipy import sparse
 
 from schelix_scale import Reference, extend, integrate, map_cells
+from schelix_scale.mapping import alike as alike_module
 from schelix_scale.mapping import calibration, encode, in_common, pools, query
 from schelix_scale.mapping import held_out as held_out_module
 from schelix_scale.mapping.held_out import hold_out
@@ -87,11 +88,11 @@ def test_cells_that_are_in_no_pool_are_read_again_where_a_pool_is_strange(
     monkeypatch.setattr(pools, "read_values", remember)
     monkeypatch.setattr(encode, "find_pools", find)
 
-    def p_values(cells: anndata.AnnData) -> np.ndarray:
-        found = map_cells(quiet.run, cells, batch_key="batch", reporter=QuietReporter(), calibration_cells=100)
-        return found.obs["schelix_novelty_p"].to_numpy()
+    def novelty(cells: anndata.AnnData) -> tuple[np.ndarray, np.ndarray]:
+        found = map_cells(quiet.run, cells, batch_key="batch", reporter=QuietReporter(), calibration_cells=100).obs
+        return found["schelix_novelty_p"].to_numpy(), found["schelix_novelty"].to_numpy()
 
-    p = p_values(query)
+    p, score = novelty(query)
     again = np.sort(np.concatenate(read))
     assert len(again) == len(np.unique(again)) == new.sum() - 60
     assert new[again].all()
@@ -101,10 +102,31 @@ def test_cells_that_are_in_no_pool_are_read_again_where_a_pool_is_strange(
     assert (p[~mine] <= 0.05).mean() < 0.08
     monkeypatch.setattr(pools, "LOOK_CELLS", 7)
     monkeypatch.setattr(pools, "TOGETHER", 1)
-    backwards = p_values(query[::-1].copy())
+    backwards = novelty(query[::-1].copy())[0]
     np.testing.assert_allclose(backwards[::-1], p, atol=1e-6)
     np.testing.assert_allclose(alike[1][::-1], alike[0], rtol=1e-6)
     assert max(map(len, read[1:])) <= 7
+    monkeypatch.setattr(alike_module, "WEIGHT", 0.0)
+    more, known_p = score - novelty(query)[1], np.isfinite(alike[0])
+    usually = calibration.calibrate(
+        Reference.open(quiet.run).frozen, [], MapConfig(calibration_cells=100)
+    ).usually_alike
+    expected = 5 * np.log(np.maximum(alike[0][known_p] / usually.knee, 1))
+    np.testing.assert_allclose(more[known_p], expected, atol=1e-3)
+
+
+def test_held_out_cells_that_are_in_no_pool_are_compared_with_it(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = hold_out(reference.frozen, MapConfig())
+    monkeypatch.setattr(held_out_module, "POOL", 100)
+    held_out = hold_out(reference.frozen, MapConfig())
+    kin = np.isin(np.arange(len(held_out.rows)), np.concatenate(held_out.kin_of))
+    assert kin.sum() == 300 < len(kin)
+    np.testing.assert_array_equal(held_out.rows, whole.rows)
+    for part in (kin, ~kin):
+        assert np.corrcoef(held_out.alike[part], whole.alike[part])[0, 1] > 0.5
+        assert np.median(held_out.alike[part]) == pytest.approx(np.median(whole.alike[part]), rel=0.15)
 
 
 @pytest.mark.parametrize(("asked", "silent"), [(60, [1]), (400, [0, 1, 2])])

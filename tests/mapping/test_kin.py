@@ -112,6 +112,29 @@ def test_kin_is_of_the_own_batch() -> None:
     assert (found.size == 4).all()
 
 
+def test_cells_that_were_not_compared_have_what_the_three_most_like_them_have() -> None:
+    """What expression adds to a cell's scores is not added to those of its kin, and what is known is taken as it is."""
+    (raw, own), rng = made_up(6, 400), np.random.default_rng(17)
+    pools = []
+    for rows in (np.arange(150), np.arange(200, 350)):
+        pools.append(Pool.of_cells(rows, raw[rows], own[rows], alike_cp=rng.exponential(size=(2, 150))))
+    part, batch = np.r_[140:160, 340:360], np.repeat([0, 1], 20)
+    adds = rng.exponential(size=(2, 40))
+    unknown = np.arange(40) % 20 >= 10
+    adds[:, unknown] = np.nan
+    plain = KinScores.of_cells(pools, batch, part, raw[part], own[part])
+    found = KinScores.of_cells(pools, batch, part, raw[part], own[part], alike_cm=adds)
+    expected = adds.copy()
+    for cell in np.flatnonzero(unknown):
+        pool = pools[batch[cell]]
+        near = np.argsort(-cosine_similarity(raw[part[cell]][None], raw[pool.rows])[0])[:3]
+        expected[:, cell] = pool.alike_cp[:, near].mean(axis=1)
+    for c in (0, 1):
+        for name in ("single", "plain", "most", "fewer"):
+            more = getattr(found[c], name) - getattr(plain[c], name)
+            np.testing.assert_allclose(more, expected[c], atol=1e-9)
+
+
 def test_the_mean_is_that_of_the_nearest() -> None:
     rng = np.random.default_rng(5)
     reference, cells = rng.normal(size=(100, 3)).astype(np.float32), rng.normal(size=(7, 3))

@@ -71,3 +71,24 @@ def test_two_calibrations_of_novelty_are_one_p_value() -> None:
     p = KinCalibration(sizes, both).p_values(KinScores(np.full(3, 9.0), most, most, fewer, np.full(3, 4)))
     assert (p[:2] < 0.01).all()
     assert p[2] > 0.1
+
+
+@pytest.mark.parametrize("sizes", [1, 2])
+def test_held_out_cells_have_the_p_values_that_new_ones_would_have(sizes: int) -> None:
+    """Of a calibration on all others but for the cell itself: by counting, of each step that leads there."""
+    rng, n = np.random.default_rng(19), 60
+    scores = rng.normal(size=(sizes, n))
+    batch = np.repeat([0, 1, 2], 20)
+    found = KinCalibration.fit(scores, batch).of_held_out(scores, batch)
+
+    def p_values(values: np.ndarray) -> np.ndarray:
+        above = np.array([(np.delete(values, i) >= value - 1e-12).sum() for i, value in enumerate(values)])
+        return (above / n) * n / (n + 1) + 1 / (n + 1)
+
+    single = p_values(scores[0])
+    if sizes == 1:
+        lesser = single
+    else:
+        pair = p_values(scores[1])
+        lesser = np.maximum(pair, single / 20)  # of two cells, few are two
+    np.testing.assert_allclose(found, p_values(-np.log(lesser)))
