@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy import sparse
 
+from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.mapping.evidence import STEPS
 from schelix_scale.mapping.expression import SHARE, SIZES
-from schelix_scale.mapping.leftover import LeftOver
+from schelix_scale.mapping.leftover import LeftOver, Told
 from schelix_scale.mapping.profiles import TINY
 
 MOST = 8  # cells that are most alike, at most: one in seven of a pool with the cell itself, if that is less
@@ -22,6 +24,7 @@ CAP = 4.0  # standard deviations at which what is left over is cut: two cells of
 KNEE, HIGH = 0.9, 0.99  # of held-out cells are below what counts, and below what is high
 MANY = 0.02  # of a pool above what is high, twice as many as usual: the other cells of its batch are read again
 WEIGHT = 5.0  # how much it counts, beside how far a cell is
+PART = 1_024  # cells that are compared at once
 COPY = 1e-6  # cosine distance below which a cell is a copy of another
 
 
@@ -34,7 +37,7 @@ class Alike:
     left_ph, unit_pa
         (p, h) float32 what is left over of them, and (p, a) corrected Anchor components, of norm 1.
     product_pp
-        (p, p) what each two have in common: 0 of copies of a cell.
+        (p, p) float32 what each two have in common: 0 of copies of a cell.
     most
         How many that are most alike count.
     usual
@@ -62,7 +65,8 @@ class Alike:
         values = np.clip(left.left_ph, -CAP, CAP).astype(np.float32)
         product = _products(values, values)
         same = left.same_p[:, None] == left.same_p
-        found = cls(values, left.unit_pa, np.where(same, 0.0, product), min(MOST, p // SHARE - 1), 1.0)
+        pairs = np.where(same, 0.0, product).astype(np.float32)
+        found = cls(values, left.unit_pa, pairs, min(MOST, p // SHARE - 1), 1.0)
         common = found._with_most_alike(np.where(same, -np.inf, product))
         usual = float(np.median(np.abs(common[left.likely_p]))) if left.likely_p.any() else 0.0
         if usual <= TINY:
@@ -85,13 +89,39 @@ class Alike:
         near.sort(axis=1)  # no order decides a digit
         own = np.take_along_axis(product_mp, near, axis=1)
         own_m = np.where(np.isfinite(own), own, 0.0).sum(axis=1) / k
-        theirs_m = self.product_pp[near[:, :, None], near[:, None, :]].sum(axis=(1, 2)) / max(k * (k - 1), 1)
+        pairs = self.product_pp[near[:, :, None], near[:, None, :]].sum(axis=(1, 2), dtype=np.float64)
+        theirs_m = pairs / max(k * (k - 1), 1)
         return np.asarray((2 * own_m + (k - 1) * np.minimum(theirs_m, own_m)) / (k + 1))
 
 
 def _products(left_mh: np.ndarray, left_ph: np.ndarray) -> np.ndarray:
     """Return what cells have in common, (m, p) float64: exact enough that the order of sums hardly ever decides."""
     return np.asarray(left_mh.astype(np.float64) @ left_ph.astype(np.float64).T)
+
+
+@dataclass(frozen=True)
+class Among:
+    """A pool with which other cells of its batch are compared, some at a time: their genes are dense."""
+
+    told: Told
+    alike: Alike
+
+    def __call__(
+        self, own_mh: sparse.csr_matrix, measured_mh: np.ndarray | None, unit_ma: np.ndarray, held_m: np.ndarray
+    ) -> np.ndarray:
+        """Return what cells have in common with the most alike of the pool, (m,); see `LeftOver.of_pool`."""
+        out = np.zeros(len(unit_ma))
+        for start, stop in row_blocks(len(out), PART):
+            part = slice(start, stop)
+            known = None if measured_mh is None else measured_mh[part]
+            left, counts = self.told.left_over(own_mh[part], known, unit_ma[part], held_m[part])
+            out[part] = self.alike.of_others(left, counts, unit_ma[part])
+        return out
+
+    @staticmethod
+    def bytes_of(pool: int, genes: int) -> int:
+        """Memory of a pool of so many cells."""
+        return 4 * pool * (pool + genes)
 
 
 @dataclass(frozen=True)

@@ -43,12 +43,20 @@ class ByLabel:
 
         Mondrian conformal p-values (Vovk et al. 2005, section 4.5), by what a cell is voted to be, each with the cell
         itself counted in; the weighted mean of these, by how many cells there are of a label, and of ``p_m``, which
-        counts as 500 cells. Of several label columns, the mean. Of a cell without votes, ``p_m``.
+        counts as 500 cells. Of several label columns, the highest. Of a cell without votes, ``p_m``.
         """
         if not len(self.code_cs):
             return p_m
         of_columns = [self._of_column(*both, p_m) for both in zip(self.code_cs, code_cm, strict=True)]
-        return np.asarray(np.mean(of_columns, axis=0))
+        return np.asarray(np.max(of_columns, axis=0))
+
+    def least(self, p: float) -> float:
+        """Return the least p-value that cells of every label can have, if ``p`` is that of all cells together."""
+        found = [p]
+        for code_s in self.code_cs:
+            code = np.unique(code_s)
+            found += self._of_column(code_s, code, np.full(len(code), p)).tolist()
+        return max(found)
 
     def _of_column(self, code_s: np.ndarray, code_m: np.ndarray, p_m: np.ndarray) -> np.ndarray:
         out = p_m.astype(np.float64)

@@ -72,7 +72,8 @@ def find_calibration(query: Query, labels: Sequence[Labels], known: Calibration 
 
     record = query.stage("calibrate", inputs, [], make)
     calibration = Calibration.load(query.directory.path / CALIBRATION)
-    least = max(part.least for part in (*calibration.novelty.both, *calibration.unlabelled.both))
+    least = calibration.by_label.least(max(part.least for part in calibration.novelty.both))
+    least = max([least, *(part.least for part in calibration.unlabelled.both)])
     if least > settings.novelty > 0:
         query.reporter.warn(
             f"the held-out cells of the reference tell p-values of {least:.2g} and above: cells of "

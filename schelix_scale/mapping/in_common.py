@@ -10,7 +10,7 @@ from scipy import sparse
 
 from schelix_scale.genes.sketch import Sketch
 from schelix_scale.graph.vectors import unit_rows
-from schelix_scale.mapping.alike import Alike, UsuallyAlike
+from schelix_scale.mapping.alike import Alike, Among, UsuallyAlike
 from schelix_scale.mapping.expression import Shared, pool_in_common, usual_common
 from schelix_scale.mapping.kin import ALONE
 from schelix_scale.mapping.leftover import LeftOver
@@ -71,8 +71,7 @@ def held_out_in_common(
             among, alike_s[kin] = Alike.of_pool(left)
             others = np.setdiff1d(mine, kin)
             if among is not None and len(others):
-                own, measured, unit, held = expression(others)
-                alike_s[others] = among.of_others(*left.told.left_over(own, measured, unit, held), unit)
+                alike_s[others] = Among(left.told, among)(*expression(others))
         return len(kin)
 
     run_tasks(task, range(len(kin_of)), threads)

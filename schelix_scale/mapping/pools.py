@@ -1,26 +1,27 @@
 """Cells of new batches whose expression was kept -> pools among which cells have their kin, and what is alike in them.
 
 Where a pool has many cells that are as alike in their expression as those of a known type hardly ever are, the other
-cells of the batch are read a second time, and compared with them.
+cells of the batch are read a second time, and compared with them. Elsewhere a cell that is in no pool has what the
+cells of the pool that are most like it have (`kin.Pool.alike`): no more than these, where held-out cells have their
+own. Of a type that is less than 2 % of its batch those cells may be found alone that are in the pool.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from schelix_scale.features.onepass import PASS_SHARE, block_size
 from schelix_scale.graph.vectors import row_blocks, unit_rows
-from schelix_scale.mapping.alike import Alike
+from schelix_scale.mapping.alike import Alike, Among
 from schelix_scale.mapping.calibration import Calibration
 from schelix_scale.mapping.drawn import DRAWN, Drawn
 from schelix_scale.mapping.evidence import Evidence, mean_around, whitened
-from schelix_scale.mapping.expression import pool_in_common
+from schelix_scale.mapping.expression import SHARE, SIZES, pool_in_common
 from schelix_scale.mapping.kin import Pool, likely_known, spread_of
-from schelix_scale.mapping.leftover import LeftOver, Told
-from schelix_scale.mapping.matched import matched, read_values
+from schelix_scale.mapping.leftover import LeftOver
+from schelix_scale.mapping.matched import Matched, matched, read_values
 from schelix_scale.mapping.novelty import NEIGHBORS
 from schelix_scale.mapping.odd_votes import oddest_votes, often
 from schelix_scale.mapping.query import CORRECTED, DISTANCES, INDICES, MEASURED, RAW, Query
@@ -28,24 +29,8 @@ from schelix_scale.mapping.reference import Frozen
 from schelix_scale.scheduling import run_tasks
 from schelix_scale.transfer import Labels
 
-LOOK_CELLS = 1_024  # that are read again at once: all of their genes are held
-TOGETHER = 32  # batches whose pools are held with all genes: some 10 MB each
-
-
-@dataclass(frozen=True)
-class Strange:
-    """A pool in which many cells are as alike as those of known types hardly ever are.
-
-    Attributes
-    ----------
-    told
-        What is taken off the expression of other cells of the batch.
-    alike
-        What these are compared with.
-    """
-
-    told: Told
-    alike: Alike
+LOOK_CELLS = 1_024  # that are read again at once, if they are not of a store that is scanned
+TOGETHER, POOLS_SHARE = 32, 0.25  # batches whose pools are held with all genes, and their share of the memory, at most
 
 
 def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration) -> tuple[list[Pool], np.ndarray]:
@@ -62,7 +47,7 @@ def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration)
     pools: list[Pool | None] = [None] * len(query.batches.names)
     size_b = np.bincount(query.batches.codes, minlength=len(pools))
     alike_n = np.full(query.store.n_cells, np.nan)
-    strange: dict[int, Strange] = {}
+    strange: dict[int, Among] = {}
 
     def find(code: int) -> int:
         rows, x_ph = drawn.of_batch(code, calibration.pool)  # as drawn: no order of the query decides a digit
@@ -70,18 +55,16 @@ def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration)
         own = evidence(frozen, labels, calibration, *parts, frozen.widths(parts[2][:, :NEIGHBORS]))
         spread = spread_of(frozen.clusters.weights(parts[1]))
         known = drawn.known_gh[np.zeros(len(rows), np.int64) if measured is None else measured.group_n[rows]]
-        left = LeftOver.of_pool(
-            frozen.profiles,
-            frozen.scaling.of_used(x_ph),
-            None if known.all() else known,
-            unit_rows(parts[1]),
-            likely_known(own),
-            frozen.told(parts[2]),
-        )
-        common = pool_in_common(left, parts[0])
-        among, alike_n[rows] = Alike.of_pool(left)
+        common, alike_n[rows], among = np.zeros((len(rows), 0)), 0.0, None
+        if len(rows) >= SIZES[0] * SHARE:
+            own_ph, measured_ph = frozen.scaling.of_used(x_ph), None if known.all() else known
+            unit, held = unit_rows(parts[1]), frozen.told(parts[2])
+            left = LeftOver.of_pool(frozen.profiles, own_ph, measured_ph, unit, likely_known(own), held)
+            common = pool_in_common(left, parts[0])
+            alike, alike_n[rows] = Alike.of_pool(left)
+            among = None if alike is None else Among(left.told, alike)
         if among is not None and len(rows) < size_b[code] and calibration.usually_alike.looks_again(alike_n[rows]):
-            strange[code] = Strange(left.told, among)
+            strange[code] = among
         by_row = np.argsort(rows)
         often_p = often(labels, frozen.profiles, *parts[2:])
         adds = [calibration.shared.of_pool(common, often_p), calibration.usually_alike.adds(alike_n[rows], often_p)]
@@ -91,28 +74,36 @@ def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration)
         )
         return len(rows)
 
-    for start, stop in row_blocks(len(pools), TOGETHER):
+    each = Among.bytes_of(calibration.pool, len(frozen.scaling.genes))
+    together = int(np.clip(POOLS_SHARE * query.budget / each, 1, TOGETHER))
+    genes: list[Matched] = []
+    for start, stop in row_blocks(len(pools), together):
         run_tasks(find, range(start, stop), query.threads)
         if strange:
-            look_again(query, strange, alike_n)
+            genes = genes or matched(query)
+            look_again(query, genes, strange, alike_n)
         strange.clear()
     return [pool for pool in pools if pool is not None], alike_n
 
 
-def look_again(query: Query, strange: Mapping[int, Strange], alike_n: np.ndarray) -> None:
+def look_again(query: Query, genes: Sequence[Matched], strange: Mapping[int, Among], alike_n: np.ndarray) -> None:
     """Read those cells of some batches again that are in no pool, and compare them with the pool of their batch.
 
     Parameters
     ----------
+    genes
+        See `matched.matched`.
     strange
-        By number of the batch.
+        Pools by number of the batch.
     alike_n
         (n,) what they have in common is written here, where it is not a number.
     """
     frozen, codes = query.frozen, query.batches.codes
     corrected, indices = query.load(CORRECTED.format("anchor")), query.load(INDICES)
     rows = np.flatnonzero(np.isnan(alike_n) & np.isin(codes, list(strange)) & np.asarray(query.load(MEASURED)))
-    genes, kind = matched(query), query.directory.record("project").details["values"]
+    if not len(rows):
+        return
+    kind = query.directory.record("project").details["values"]
     size = block_size(query.store, int(PASS_SHARE * query.budget), query.threads, LOOK_CELLS)
     with query.reporter.stage("look again", len(rows)) as progress:
 
@@ -122,13 +113,10 @@ def look_again(query: Query, strange: Mapping[int, Strange], alike_n: np.ndarray
                 own, known_h = frozen.scaling(x_mg), known_g[frozen.scaling.genes]
                 for code in np.unique(codes[block[chosen]]).tolist():
                     mine = np.flatnonzero(codes[block[chosen]] == code)
-                    for start, stop in row_blocks(len(mine), LOOK_CELLS):  # of a store that is scanned there are more
-                        part = mine[start:stop]
-                        there, those = block[chosen[part]], strange[code]
-                        unit = unit_rows(corrected[there])
-                        known = None if known_h.all() else np.tile(known_h, (len(part), 1))
-                        left, counts = those.told.left_over(own[part], known, unit, frozen.told(indices[there]))
-                        alike_n[there] = those.alike.of_others(left, counts, unit)
+                    there = block[chosen[mine]]
+                    known = None if known_h.all() else np.tile(known_h, (len(mine), 1))
+                    parts = own[mine], known, unit_rows(corrected[there]), frozen.told(indices[there])
+                    alike_n[there] = strange[code](*parts)
             return len(block)
 
         run_tasks(task, list(row_blocks(len(rows), size)), query.threads, None, progress.advance)

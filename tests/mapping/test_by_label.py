@@ -11,7 +11,7 @@ from schelix_scale.transfer import Labels
 
 def test_p_values_against_counting() -> None:
     rng = np.random.default_rng(1)
-    p_s, code_s = rng.uniform(size=300).round(2), rng.choice(3, 300, p=[0.7, 0.25, 0.05])  # some are the same
+    p_s, code_s = rng.uniform(0.005, 1, 300).round(2), rng.choice(3, 300, p=[0.7, 0.25, 0.05])  # some are the same
     found = ByLabel.fit(p_s, np.full(300, 1 / 300), code_s[None])
     p, code = np.array([0.004, 0.2, 0.01, 0.5, 0.03, 0.03]), np.array([0, 0, 1, 2, -1, 3])
     expected = []
@@ -21,8 +21,14 @@ def test_p_values_against_counting() -> None:
         expected.append((500 * one + count * own) / (500 + count) if count else one)
     np.testing.assert_allclose(found.p_values(p, code[None]), expected)
     other = ByLabel.fit(p_s, np.full(300, 1 / 300), np.stack([code_s, code_s * 0]))
-    none = (500 * p + 300 * np.array([((p_s <= one).sum() + 1) / 301 for one in p])) / 800
-    np.testing.assert_allclose(other.p_values(p, np.stack([code, code * 0])), (np.array(expected) + none) / 2)
+    all_same = (500 * p + 300 * np.array([((p_s <= one).sum() + 1) / 301 for one in p])) / 800
+    highest = np.maximum(expected, all_same)
+    assert (highest != expected).any()
+    assert (highest != all_same).any()
+    np.testing.assert_allclose(other.p_values(p, np.stack([code, code * 0])), highest)
+    counts = np.bincount(code_s)
+    assert found.least(1e-4) == pytest.approx(max((500e-4 + n * (1 / (n + 1))) / (500 + n) for n in counts))
+    assert ByLabel.fit(p_s, p_s, code_s[None][:0]).least(0.003) == 0.003
     np.testing.assert_array_equal(ByLabel.fit(p_s, p_s, code_s[None][:0]).p_values(p, code[None][:0]), p)
 
 

@@ -102,6 +102,7 @@ def test_cells_that_are_in_no_pool_are_read_again_where_a_pool_is_strange(
     assert (p[~mine] <= 0.05).mean() < 0.08
     monkeypatch.setattr(pools, "LOOK_CELLS", 7)
     monkeypatch.setattr(pools, "TOGETHER", 1)
+    monkeypatch.setattr(alike_module, "PART", 3)
     backwards = novelty(query[::-1].copy())[0]
     np.testing.assert_allclose(backwards[::-1], p, atol=1e-6)
     np.testing.assert_allclose(alike[1][::-1], alike[0], rtol=1e-6)

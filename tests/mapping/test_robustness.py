@@ -223,6 +223,29 @@ def test_too_few_held_out_cells_for_the_level_are_told(reference: Reference, atl
     reporter = QuietReporter()
     reference.map(atlas.known[:20].copy(), batch_key="batch", reporter=reporter, novelty=1e-6)
     assert any("tell p-values of" in text for text in reporter.messages)
+    found = calibrate(reference.frozen, reference.frozen.labels(("cell_type",)), MapConfig())
+    of_all = max(part.least for part in (*found.novelty.both, *found.unlabelled.both))
+    level = (of_all + found.by_label.least(of_all)) / 2
+    assert of_all < level, "against the cells of a label the least is higher"
+    for keys, said in (((), False), (("cell_type",), True)):
+        reporter = QuietReporter()
+        reference.map(atlas.known.copy(), batch_key="batch", label_key=keys, reporter=reporter, novelty=level)
+        assert any("tell p-values of" in text for text in reporter.messages) == said
+
+
+def test_a_batch_without_a_gene_of_the_reference_says_nothing(reference: Reference, atlas: Atlas) -> None:
+    """No cell of it is drawn; nothing is divided by their number (warnings are errors here)."""
+    blind = atlas.known[:20].copy()
+    blind.X = sparse.csr_matrix((20, blind.n_vars), dtype=np.float32)
+    blind.obs["batch"] = "blind"
+    blind.obs_names = [f"blind{i}" for i in range(20)]
+    extra = sparse.csr_matrix(np.repeat([[0.0], [5.0]], [atlas.known.n_obs, 20], axis=0).astype(np.float32))
+    both = anndata.concat([atlas.known, blind])
+    names = pd.DataFrame(index=[*both.var_names, "of its own"])
+    query = anndata.AnnData(sparse.hstack([both.X, extra]).tocsr(), obs=both.obs, var=names)
+    found = reference.map(query, batch_key="batch", label_key="cell_type").obs
+    assert (found["schelix_novelty_p"][-20:] == 1).all()
+    assert (found["schelix_cell_type"][-20:] == "unknown").all()
 
 
 def test_an_extension_goes_on_only_with_the_same_batches_and_settings(atlas: Atlas, tmp_path: Path) -> None:
