@@ -15,11 +15,12 @@ from scipy import sparse
 
 from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.mapping.evidence import STEPS
-from schelix_scale.mapping.expression import SHARE, SIZES
+from schelix_scale.mapping.kin import SHARE
 from schelix_scale.mapping.leftover import LeftOver, Told
 from schelix_scale.mapping.profiles import TINY
 
-MOST = 8  # cells that are most alike, at most: one in seven of a pool with the cell itself, if that is less
+LEAST = 28  # cells of a pool, for any to be alike
+MOST = 12  # cells that are most alike, at most: one in seven of a pool with the cell itself, if that is less
 CAP = 4.0  # standard deviations at which what is left over is cut: two cells of one rare gene are not a type
 KNEE, HIGH = 0.9, 0.99  # of held-out cells are below what counts, and below what is high
 MANY = 0.02  # of a pool above what is high, twice as many as usual: the other cells of its batch are read again
@@ -60,7 +61,7 @@ class Alike:
         multiple of what is usual in the batch, as far as what is left over of a cell counts: 0 if it is not known.
         """
         p = len(left.left_ph)
-        if p < SIZES[0] * SHARE:
+        if p < LEAST:
             return None, np.zeros(p)
         values = np.clip(left.left_ph, -CAP, CAP).astype(np.float32)
         product = _products(values, values)

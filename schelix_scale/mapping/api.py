@@ -13,9 +13,10 @@ from schelix_scale.config import memory_budget
 from schelix_scale.mapping.calibration import Calibration
 from schelix_scale.mapping.columns import check_keys
 from schelix_scale.mapping.encode import encode_query, find_calibration
-from schelix_scale.mapping.held_out import pool_size
+from schelix_scale.mapping.held_out import sizes_of_pools
 from schelix_scale.mapping.inputs import merged_settings, open_query, parted, query_batches, refuse_inside
 from schelix_scale.mapping.mapped import Mapped, read_mapped
+from schelix_scale.mapping.pools import wanted_sizes
 from schelix_scale.mapping.project import project
 from schelix_scale.mapping.query import Query, correct, find_neighbors
 from schelix_scale.mapping.reference import MAPPED_ONTO, Frozen
@@ -150,12 +151,13 @@ class Reference:
         source = self._description(store)
         with RunDirectory.claim(out, self.frozen.config, source, overwrite) as directory:
             query = self.query(store, batches, directory, settings, reporter)
-            project(query, pool_size(self.frozen, settings))  # first: genes that do not fit are found at once
+            project(query, sizes_of_pools(self.frozen, settings)[0])  # first: genes that do not fit are found at once
             correct(query)
-            calibration_key = (keys, settings.calibration_cells, settings.calibration_batches)
+            wanted = wanted_sizes(query)
+            calibration_key = (keys, settings.calibration_cells, settings.calibration_batches, wanted)
             with self._lock:  # calibrated once for all threads
                 known = self._calibrations.get(calibration_key)
-                calibration, _ = find_calibration(query, labels, known)
+                calibration, _ = find_calibration(query, labels, wanted, known)
                 self._calibrations[calibration_key] = calibration
             find_neighbors(query)
             encode_query(query, labels, calibration)

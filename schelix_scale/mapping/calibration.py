@@ -11,13 +11,14 @@ import numpy as np
 from schelix_scale.arrays import load_arrays
 from schelix_scale.errors import DataError
 from schelix_scale.graph.vectors import row_blocks
-from schelix_scale.mapping.alike import UsuallyAlike
 from schelix_scale.mapping.by_label import ByLabel, voted
-from schelix_scale.mapping.expression import Shared
-from schelix_scale.mapping.held_out import hold_out
-from schelix_scale.mapping.kin import SIZES, Usual
+from schelix_scale.mapping.evidence import Evidence
+from schelix_scale.mapping.held_out import HeldOut, hold_out, sizes_of_pools
+from schelix_scale.mapping.held_out_pools import HeldOutPools
 from schelix_scale.mapping.kin_calibration import BATCHES, LEAST, KinCalibration, batches_told
 from schelix_scale.mapping.odd_votes import ENOUGH, odd_elsewhere, oddest, often, votes_within
+from schelix_scale.mapping.of_pools import OfPools
+from schelix_scale.mapping.pool_sizes import nearest_size
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.transfer import (
@@ -25,7 +26,6 @@ from schelix_scale.transfer import (
     VOTERS,
     LabelCalibration,
     Labels,
-    NoveltyCalibration,
     batch_weights,
     vote,
 )
@@ -39,48 +39,30 @@ class Calibration:
 
     Attributes
     ----------
-    novelty, unlabelled
-        Of held-out cells whose labels other batches have too, with what votes say; and of all held-out cells, without.
     labels
         One a column.
     whitening_dd
         See `evidence.whitening`; of all held-out cells.
-    usual
-        What is usual in held-out batches.
-    pool
-        Cells of a batch among which its cells have their kin: as many of a new batch as of a held-out one.
-    shared, usually_alike
-        What is usual of the expression of kin, and of cells most alike in it.
-    by_label
-        P-values of the held-out cells of ``novelty``, and what they are voted to be.
+    sizes
+        See `pool_sizes.pool_sizes`.
+    of_pools
+        Of novelty, for pools of some of these sizes.
     """
 
-    novelty: KinCalibration
-    unlabelled: KinCalibration
     labels: tuple[LabelCalibration, ...]
     whitening_dd: np.ndarray
-    usual: Usual
-    pool: int
-    shared: Shared
-    usually_alike: UsuallyAlike
-    by_label: ByLabel
+    sizes: tuple[int, ...]
+    of_pools: Mapping[int, OfPools]
 
-    @property
-    def most(self) -> tuple[int, int]:
-        """Which of `kin.SIZES` are the largest that are calibrated, without and with what labels say."""
-        return len(self.unlabelled.sizes) - 1, len(self.novelty.sizes) - 1
+    def of_pool(self, cells: int) -> OfPools:
+        """Return what tells of a pool of so many cells."""
+        return self.of_pools[nearest_size(self.sizes, cells)]
 
     def save(self, path: Path) -> None:
         """Write all arrays to an .npz file."""
-        arrays: dict[str, np.ndarray] = {"pool": np.array(self.pool), "whitening": self.whitening_dd}
-        arrays |= {"usual_spread": np.array(self.usual.spread), "usual_score": self.usual.score_cz}
-        arrays["usual_common"] = self.shared.usual_z
-        arrays["usually_alike"] = np.array([self.usually_alike.knee, self.usually_alike.high])
-        arrays |= {f"by_label_{name}": part for name, part in vars(self.by_label).items()}
-        for name, both in (("novelty", self.novelty), ("unlabelled", self.unlabelled)):
-            for kind, parts in (("", both.sizes), ("both_", both.both)):
-                for size, part in enumerate(parts):
-                    arrays |= {f"{name}_{kind}{size}": part.scores_s, f"{name}_{kind}{size}_weight": part.weight_s}
+        arrays: dict[str, np.ndarray] = {"whitening": self.whitening_dd, "sizes": np.array(self.sizes)}
+        for size, part in self.of_pools.items():
+            arrays |= {f"pools{size}_{name}": array for name, array in part.arrays().items()}
         for place, label in enumerate(self.labels):
             arrays |= {f"scores_{place}": label.scores_s, f"weight_{place}": label.weight_s}
             arrays[f"usual_votes_{place}"] = label.usual_ll
@@ -92,6 +74,7 @@ class Calibration:
         """Read what `save` wrote."""
         file = load_arrays(path)
         count = sum(name.startswith("scores_") for name in file)
+        sizes = tuple(file["sizes"].tolist())
         labels = tuple(
             LabelCalibration(
                 float(file[f"sharpening_{i}"][0]),
@@ -102,19 +85,13 @@ class Calibration:
             )
             for i in range(count)
         )
-        novelty, unlabelled = (
-            KinCalibration(*(_parts(file, f"{name}_{kind}") for kind in ("", "both_")))
-            for name in ("novelty", "unlabelled")
-        )
-        usual = Usual(float(file["usual_spread"]), file["usual_score"])
-        told = Shared(file["usual_common"]), UsuallyAlike(*file["usually_alike"].tolist())
-        by_label = ByLabel(**{name: file[f"by_label_{name}"] for name in ("p_s", "weight_s", "code_cs")})
-        return cls(novelty, unlabelled, labels, file["whitening"], usual, int(file["pool"]), *told, by_label)
-
-
-def _parts(file: Mapping[str, np.ndarray], name: str) -> tuple[NoveltyCalibration, ...]:
-    there = [f"{name}{size}" for size in range(len(SIZES)) if f"{name}{size}" in file]
-    return tuple(NoveltyCalibration(file[part], file[f"{part}_weight"]) for part in there)
+        of_pools = {}
+        for size in sizes:
+            start = f"pools{size}_"
+            arrays = {name.removeprefix(start): array for name, array in file.items() if name.startswith(start)}
+            if arrays:
+                of_pools[size] = OfPools.of_arrays(arrays)
+        return cls(labels, file["whitening"], sizes, of_pools)
 
 
 def calibrate(
@@ -123,18 +100,24 @@ def calibrate(
     settings: MapConfig,
     threads: int = 1,
     advance: Callable[[int], None] = lambda _: None,
+    wanted: Sequence[int] | None = None,
 ) -> Calibration:
     """Hold out batches of the reference and fit what turns votes into probabilities and scores into p-values.
 
     A cell whose label no other batch has is left out, and of novelty also one whose label the others have too seldom to
     decide a vote: when its batch is held out, it is as good as novel.
 
+    Parameters
+    ----------
+    wanted
+        Which of `held_out.sizes_of_pools` there are pools of; None: all.
+
     Raises
     ------
     DataError
         Fewer than 20 held-out cells have a label that other batches have too.
     """
-    held_out = hold_out(frozen, settings, threads, advance)
+    held_out = hold_out(frozen, settings, threads, advance, wanted)
     batch_s = held_out.batch
     elsewhere_s = np.full(len(batch_s), len(frozen.batch_n))  # of a cell without labels nothing says that it is rare
     fitted, said, often_s = [], [], np.ones(len(batch_s))
@@ -162,18 +145,26 @@ def calibrate(
         said.append(odd_elsewhere(fit, votes, near, true_s, batch_s, chosen, within))
         fitted.append(fit)
     seen_s = _not_novel(elsewhere_s, batch_s, min(frozen.config.graph.k, VOTERS) // 2)
-    (without, with_labels), usual = held_out.with_kin(oddest(said, len(batch_s)), often_s)
-    known_s = held_out.expressed
-    seen_s = seen_s & known_s if (seen_s & known_s).sum() >= LEAST else known_s
-    novelty = KinCalibration.fit(with_labels[:, seen_s], batch_s[seen_s])
-    unlabelled = KinCalibration.fit(without[:, known_s], batch_s[known_s])
+    own, voted_cs = held_out.evidence(oddest(said, len(batch_s))), voted(labels, held_out.indices, held_out.distances)
+    of_pools = {pools.size: _of_pools(held_out, pools, own, often_s, seen_s, voted_cs) for pools in held_out.pools}
+    return Calibration(tuple(fitted), held_out.whitening, sizes_of_pools(frozen, settings), of_pools)
+
+
+def _of_pools(
+    held_out: HeldOut, pools: HeldOutPools, own: Evidence, often_s: np.ndarray, seen_s: np.ndarray, voted_cs: np.ndarray
+) -> OfPools:
+    """Calibrate novelty for pools of one size; ``seen_s`` are held-out cells of no type that is novel."""
+    batch_s, known_s = held_out.batch, pools.expressed
+    (without, with_labels), usual = pools.with_kin(held_out.raw, own, often_s)
+    chosen = seen_s & known_s if (seen_s & known_s).sum() >= LEAST else known_s
+    novelty = KinCalibration.fit(with_labels[:, chosen], batch_s[chosen])
     by_label = ByLabel.fit(
-        novelty.of_held_out(with_labels[:, seen_s], batch_s[seen_s]),
-        batch_weights(batch_s[seen_s], ENOUGH),
-        voted(labels, held_out.indices[seen_s], held_out.distances[seen_s]),
+        novelty.of_held_out(with_labels[:, chosen], batch_s[chosen]),
+        batch_weights(batch_s[chosen], ENOUGH),
+        voted_cs[:, chosen],
     )
-    parts = held_out.whitening, usual, held_out.pool, held_out.shared, held_out.usually_alike
-    return Calibration(novelty, unlabelled, tuple(fitted), *parts, by_label)
+    unlabelled = KinCalibration.fit(without[:, known_s], batch_s[known_s])
+    return OfPools(pools.size, novelty, unlabelled, usual, pools.shared, pools.usually_alike, by_label)
 
 
 def _not_novel(elsewhere_s: np.ndarray, batch_s: np.ndarray, few: int) -> np.ndarray:

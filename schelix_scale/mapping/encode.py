@@ -13,7 +13,6 @@ import pandas as pd
 from schelix_scale._version import __version__
 from schelix_scale.errors import TrainingError
 from schelix_scale.graph.vectors import row_blocks
-from schelix_scale.mapping.by_label import voted
 from schelix_scale.mapping.calibration import Calibration, calibrate
 from schelix_scale.mapping.columns import (
     DISTANCE,
@@ -26,9 +25,8 @@ from schelix_scale.mapping.columns import (
     query_obs,
 )
 from schelix_scale.mapping.diffusion import query_weights
-from schelix_scale.mapping.kin import KinScores
+from schelix_scale.mapping.judged import judged
 from schelix_scale.mapping.novelty import NEIGHBORS
-from schelix_scale.mapping.odd_votes import often
 from schelix_scale.mapping.pools import evidence, find_pools
 from schelix_scale.mapping.query import (
     BLOCK,
@@ -53,27 +51,33 @@ if TYPE_CHECKING:
 CALIBRATION, MAPPED = "calibration.npz", "mapped.zarr"
 
 
-def find_calibration(query: Query, labels: Sequence[Labels], known: Calibration | None) -> tuple[Calibration, Any]:
-    """Calibrate on held-out batches of the reference, or take what is ``known``, and keep it in the directory."""
+def find_calibration(
+    query: Query, labels: Sequence[Labels], wanted: Sequence[int], known: Calibration | None
+) -> tuple[Calibration, Any]:
+    """Calibrate on held-out batches of the reference, or take what is ``known``, and keep it in the directory.
+
+    ``wanted`` are the sizes of pools that the query has, see `pools.wanted_sizes`.
+    """
     settings = query.settings
-    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 14}
+    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 15}
     inputs |= {"cells": settings.calibration_cells, "batches": settings.calibration_batches}
+    inputs["pools"] = list(wanted)
 
     def make() -> tuple[list[str], dict[str, Any]]:
         found = known
         if found is None:
             with query.reporter.stage("calibrate", settings.calibration_cells) as progress:
-                found = calibrate(query.frozen, labels, settings, query.threads, progress.advance)
+                found = calibrate(query.frozen, labels, settings, query.threads, progress.advance, wanted)
         with query.directory.publish(CALIBRATION) as path:
             found.save(path)
-        details = {"held_out_cells": len(found.novelty.sizes[0].scores_s)}
+        details: dict[str, Any] = {"held_out_cells": len(found.of_pools[wanted[0]].novelty.sizes[0].scores_s)}
+        details["pools"] = list(wanted)
         fits = zip(labels, found.labels, strict=True)
         return [CALIBRATION], details | {column.key: {"temperature": fit.temperature} for column, fit in fits}
 
     record = query.stage("calibrate", inputs, [], make)
     calibration = Calibration.load(query.directory.path / CALIBRATION)
-    least = calibration.by_label.least(max(part.least for part in calibration.novelty.both))
-    least = max([least, *(part.least for part in calibration.unlabelled.both)])
+    least = max(part.least for part in calibration.of_pools.values())
     if least > settings.novelty > 0:
         query.reporter.warn(
             f"the held-out cells of the reference tell p-values of {least:.2g} and above: cells of "
@@ -91,51 +95,43 @@ class Encoded:
     ----------
     latents
         (m, d) float32 by obsm key.
-    p_value, distance
+    distance
         (m,).
     """
 
     latents: dict[str, np.ndarray]
-    p_value: np.ndarray
     distance: np.ndarray
 
 
 def encode_cells(
     frozen: Frozen,
-    novelty: tuple[KinScores, KinScores],
+    p_value_m: np.ndarray,
     features: Sequence[np.ndarray],
     moves: Sequence[np.ndarray] | None,
     indices_mk: np.ndarray,
     distances_mk: np.ndarray,
     width_mk: np.ndarray,
-    code_cm: np.ndarray,
-    calibration: Calibration,
     level: float,
 ) -> Encoded:
     """Diffuse and encode query cells as the reference's own were, without training.
 
     A cell that is novel at ``level`` keeps its own features the more, the smaller its p-value is: its neighbours are
-    not its kind, and their mean would make it one of them. That p-value is one that no labels have a part in: a latent
-    does not depend on which labels are asked for.
+    not its kind, and their mean would make it one of them.
 
     Parameters
     ----------
-    novelty
-        How novel they are, without and with what labels say.
+    p_value_m
+        P-values of novelty that no labels have a part in: a latent does not depend on which labels are asked for.
     features
         (m, a) and (m, v) corrected components.
     moves
         What learned loadings add to them; None where loadings are frozen.
     indices_mk, distances_mk, width_mk
         (m, k) neighbours in the reference, and their kernel widths.
-    code_cm
-        What they are voted to be, see `by_label.voted`.
     """
     settings = graph_settings(frozen.config)
     weights = query_weights(distances_mk, width_mk, frozen.batch_n[indices_mk], frozen.theta, settings.kernel_neighbor)
-    without_labels = calibration.unlabelled.p_values(novelty[0])
-    p_value = calibration.by_label.p_values(calibration.novelty.p_values(novelty[1]), code_cm)
-    kept = np.minimum(1.0, without_labels / level) if level > 0 else np.ones(len(p_value))
+    kept = np.minimum(1.0, p_value_m / level) if level > 0 else np.ones(len(p_value_m))
     diffused = [
         levels.diffuse(indices_mk, weights, own, settings.hops, kept)
         for levels, own in zip(frozen.diffused, features, strict=True)
@@ -143,7 +139,7 @@ def encode_cells(
     if moves is not None:
         for hops, move in zip(diffused, moves, strict=True):
             hops[:, 0] += move
-    return Encoded(latents(frozen, diffused), p_value, distances_mk[:, :NEIGHBORS].mean(axis=1))
+    return Encoded(latents(frozen, diffused), distances_mk[:, :NEIGHBORS].mean(axis=1))
 
 
 def latents(frozen: Frozen, diffused: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
@@ -179,7 +175,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
     """Write mapped.zarr: obs with labels and novelty, and the latents."""
     frozen, settings, n = query.frozen, query.settings, query.store.n_cells
     inputs = {"labels": [column.key for column in labels], "coverage": settings.coverage, "novelty": settings.novelty}
-    inputs |= {"obs": query.store.obs_fingerprint(), "version": 14}
+    inputs |= {"obs": query.store.obs_fingerprint(), "version": 15}
 
     def make() -> tuple[list[str], dict[str, Any]]:
         raw = query.load(RAW.format("anchor"))
@@ -201,21 +197,14 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
                 own = [np.asarray(part[rows]) for part in features]
                 width = frozen.widths(near)
                 signs = evidence(frozen, labels, calibration, raw[rows], own[0], near, far, width)
-                batch = query.batches.codes[rows]
-                usually, often_m = calibration.usually_alike, np.ones(len(near))
-                high = alike[rows] > usually.knee  # of the others it adds nothing
-                often_m[high] = often(labels, frozen.profiles, near[high], far[high])
-                adds = usually.adds(alike[rows], often_m)
-                score = KinScores.of_cells(pools, batch, np.arange(*span), raw[rows], signs, calibration.most, adds)
-                voted_to_be = voted(labels, near, far)
-                got = encode_cells(
-                    frozen, score, own, moved, near, far, width, voted_to_be, calibration, settings.novelty
-                )
+                parts = labels, calibration, query.batches.codes[rows], np.arange(*span), raw[rows], signs, near, far
+                score, without_labels, p_value = judged(frozen, pools, alike[rows], *parts)
+                got = encode_cells(frozen, without_labels, own, moved, near, far, width, settings.novelty)
                 for key, latent in got.latents.items():
                     arrays[key][rows] = latent
                 seen = np.asarray(measured[rows])
-                p_value = np.where(seen, got.p_value, 1.0)  # of a cell without any gene nothing speaks for novelty
-                for name, values in zip(found, (score[1].plain, p_value, got.distance), strict=True):
+                p_value = np.where(seen, p_value, 1.0)  # of a cell without any gene nothing speaks for novelty
+                for name, values in zip(found, (score, p_value, got.distance), strict=True):
                     found[name][rows] = values
                 novel = p_value <= settings.novelty
                 for column, fit in zip(columns, calibration.labels, strict=True):

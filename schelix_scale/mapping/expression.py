@@ -13,11 +13,11 @@ import numpy as np
 
 from schelix_scale.graph.vectors import unit_rows
 from schelix_scale.mapping.evidence import STEPS
-from schelix_scale.mapping.kin import most_alike
+from schelix_scale.mapping.kin import most_alike, most_kin
 from schelix_scale.mapping.leftover import LeftOver, of_noise
 from schelix_scale.mapping.profiles import TINY
 
-SIZES, SHARE = (4, 8, 15), 7  # a cell and its kin: the most that are no more than one in seven of a pool
+SIZES = 4, 8, 15, 30  # a cell and its kin: the most that `kin.most_kin` allows
 WEIGHT = 2.0  # how much what is left over counts, beside how far a cell is
 
 
@@ -28,7 +28,7 @@ class Shared:
     Attributes
     ----------
     usual_z
-        (3,) see `usual_common`.
+        (4,) see `usual_common`.
     """
 
     usual_z: np.ndarray
@@ -55,9 +55,9 @@ def pool_in_common(left: LeftOver, raw_pa: np.ndarray) -> np.ndarray:
     """Return what is left over of cells of a pool and their kin have in common, (p, z).
 
     ``raw_pa`` are their uncorrected Anchor components, by which they are kin. One column for each of `SIZES` that is no
-    more than one in seven of the cells: none for less than 28.
+    more than `kin.most_kin`: none for less than 28.
     """
-    sizes = [size for size in SIZES if size * SHARE <= len(raw_pa)]
+    sizes = [size for size in SIZES if size <= most_kin(len(raw_pa))]
     if not sizes:
         return np.zeros((len(raw_pa), 0))
     values = left.left_ph.astype(np.float64)
@@ -87,14 +87,15 @@ def in_common(product_pp: np.ndarray, kin_pk: np.ndarray, sizes: Sequence[int]) 
     return np.stack([pairs[:, :k, :k].sum(axis=(1, 2)) / (k * (k - 1)) for k in sizes], axis=1)
 
 
-def usual_common(common: Sequence[np.ndarray]) -> np.ndarray:
-    """Return what held-out cells of batches, (p, z) each, usually have in common, for each of `SIZES`: (3,).
+def usual_common(common: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+    """Return what held-out cells usually have in common, (4,), each of `SIZES`; given that of batches' pools, (p, z).
 
     The mean over batches of the median without its sign. Of a size that none is large enough for, that of the next
     smaller one. Infinite where there is none, or nothing is in common: that tells nothing of new cells.
     """
     found = np.full(len(SIZES), np.inf)
     for size in range(len(SIZES)):
-        there = [np.abs(part[:, size]) for part in common if part.shape[1] > size]
+        of_batch = [[np.abs(part[:, size]) for part in parts if part.shape[1] > size] for parts in common]
+        there = [np.concatenate(parts) for parts in of_batch if parts]
         found[size] = np.mean([np.median(part) for part in there]) if there else found[max(size - 1, 0)]
     return np.where(found > TINY, found, np.inf)

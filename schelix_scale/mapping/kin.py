@@ -19,10 +19,10 @@ import numpy as np
 from schelix_scale.graph.vectors import row_blocks, unit_rows
 from schelix_scale.mapping.evidence import Evidence, together
 
-SIZES, SHARE = (1, 2, 4, 8, 15), 7  # cells and their kin: the most that are no more than one in seven of a pool
+SIZES, SHARE = (1, 2, 4, 8, 15, 30), 7  # cells and their kin: the most that are no more than one in seven of a pool
+LARGE = 1_000  # cells of a pool, for more than 15 kin: in a smaller one these are of related types, too
 ALONE = 20  # cells that a pool has at least, for any to have kin
 FEWER = 2  # places before in `SIZES`: a rare type has too few cells for the most, so that a quarter counts, too
-POOL = 1_000
 AROUND = 3  # cells of a pool, nearest to a cell, whose expression speaks for it
 BLOCK = 2_048
 QUARTILE = 0.25
@@ -38,7 +38,7 @@ class Usual:
     spread
         In how many clusters a batch lies, see `spread_of`.
     score_cz
-        (2, 5) lower quartile of what its cells score with each number of `SIZES`, see `Evidence`; 0 for single cells.
+        (2, 6) lower quartile of what its cells score with each number of `SIZES`, see `Evidence`; 0 for single cells.
     """
 
     spread: float
@@ -76,7 +76,7 @@ class Pool:
         (d,) and (2, z) median way of the half of its cells that score less, and what its cells usually score with each
         number of kin up to ``size``: as far as the batch tells it. 0 of single cells.
     size
-        Which of `SIZES` its cells are looked at with: 15 cells, or fewer in a pool of less than 105, where kin are few.
+        Which of `SIZES` its cells are looked at with, see `most_kin`.
     left_cp
         (2, p) what the expression of each of them and its kin adds to its scores, see `expression.Shared`.
     alike_cp
@@ -116,7 +116,7 @@ class Pool:
         left_cp, alike_cp
             What their expression adds; nothing by default.
         """
-        size = min(most, int(np.searchsorted(SIZES, len(rows) // SHARE, side="right")) - 1) if len(rows) >= ALONE else 0
+        size = min(most, int(np.searchsorted(SIZES, most_kin(len(rows)), side="right")) - 1)
         nothing = np.zeros((2, len(rows)))
         adds = nothing if left_cp is None else left_cp, nothing if alike_cp is None else alike_cp
         found = cls(rows, unit_rows(raw_pd), own, np.zeros(own.way_md.shape[1]), np.zeros((2, size + 1)), size, *adds)
@@ -179,6 +179,13 @@ class Pool:
         place = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
         mine = np.flatnonzero(self.rows[place] == rows)
         return most_alike(unit_rows(raw_md), self.unit_pd, count, (mine, place[mine]))
+
+
+def most_kin(cells: int) -> int:
+    """Return how many cells are taken together in a pool of so many, at most."""
+    if cells < ALONE:
+        return 1
+    return min(cells // SHARE, SIZES[-1] if cells >= LARGE else SIZES[-2])
 
 
 def most_alike(unit_md: np.ndarray, unit_pd: np.ndarray, count: int, same: tuple[np.ndarray, np.ndarray]) -> np.ndarray:

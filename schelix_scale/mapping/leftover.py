@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from schelix_scale.mapping.profiles import TINY, Profiles
+from schelix_scale.mapping.profiles import TINY, Around, Profiles
 
 CALM = 10.0  # cells of average spread that say that a batch measures a gene as the reference does
 
@@ -147,6 +147,7 @@ class LeftOver:
         likely_p: np.ndarray,
         held_p: np.ndarray,
         batch: int | None = None,
+        around: Around | None = None,
     ) -> LeftOver:
         """Take off what neighbours and batch tell.
 
@@ -165,8 +166,10 @@ class LeftOver:
             where a run was extended, its new batches may have a type that these do not.
         batch
             That of the reference whose cells they are, if they are held out.
+        around
+            The cells around them, if they are known.
         """
-        own, around = own_ph.toarray(), profiles.around(unit_pa, batch)
+        own, around = own_ph.toarray(), around or profiles.around(unit_pa, batch)
         known = _both(measured_ph, around.known_mh)
         base = Baseline.fit(own, around.mean_mh, known, likely_p)
         left = base(own, around.mean_mh, known) * profiles.weight_h.astype(np.float32)

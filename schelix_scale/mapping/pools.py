@@ -14,16 +14,18 @@ import numpy as np
 
 from schelix_scale.features.onepass import PASS_SHARE, block_size
 from schelix_scale.graph.vectors import row_blocks, unit_rows
-from schelix_scale.mapping.alike import Alike, Among
+from schelix_scale.mapping.alike import LEAST, Alike, Among
 from schelix_scale.mapping.calibration import Calibration
 from schelix_scale.mapping.drawn import DRAWN, Drawn
 from schelix_scale.mapping.evidence import Evidence, mean_around, whitened
-from schelix_scale.mapping.expression import SHARE, SIZES, pool_in_common
+from schelix_scale.mapping.expression import pool_in_common
+from schelix_scale.mapping.held_out import sizes_of_pools
 from schelix_scale.mapping.kin import Pool, likely_known, spread_of
 from schelix_scale.mapping.leftover import LeftOver
 from schelix_scale.mapping.matched import Matched, matched, read_values
 from schelix_scale.mapping.novelty import NEIGHBORS
 from schelix_scale.mapping.odd_votes import oddest_votes, often
+from schelix_scale.mapping.pool_sizes import nearest_size
 from schelix_scale.mapping.query import CORRECTED, DISTANCES, INDICES, MEASURED, RAW, Query
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.scheduling import run_tasks
@@ -50,31 +52,31 @@ def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration)
     strange: dict[int, Among] = {}
 
     def find(code: int) -> int:
-        rows, x_ph = drawn.of_batch(code, calibration.pool)  # as drawn: no order of the query decides a digit
+        rows, x_ph = drawn.of_batch(code, calibration.sizes[0])  # as drawn: no order of the query decides a digit
+        told = calibration.of_pool(len(rows))
         parts = raw[rows], corrected[rows], indices[rows], distances[rows]
         own = evidence(frozen, labels, calibration, *parts, frozen.widths(parts[2][:, :NEIGHBORS]))
         spread = spread_of(frozen.clusters.weights(parts[1]))
         known = drawn.known_gh[np.zeros(len(rows), np.int64) if measured is None else measured.group_n[rows]]
         common, alike_n[rows], among = np.zeros((len(rows), 0)), 0.0, None
-        if len(rows) >= SIZES[0] * SHARE:
+        if len(rows) >= LEAST:
             own_ph, measured_ph = frozen.scaling.of_used(x_ph), None if known.all() else known
             unit, held = unit_rows(parts[1]), frozen.told(parts[2])
             left = LeftOver.of_pool(frozen.profiles, own_ph, measured_ph, unit, likely_known(own), held)
             common = pool_in_common(left, parts[0])
             alike, alike_n[rows] = Alike.of_pool(left)
             among = None if alike is None else Among(left.told, alike)
-        if among is not None and len(rows) < size_b[code] and calibration.usually_alike.looks_again(alike_n[rows]):
+        if among is not None and len(rows) < size_b[code] and told.usually_alike.looks_again(alike_n[rows]):
             strange[code] = among
         by_row = np.argsort(rows)
         often_p = often(labels, frozen.profiles, *parts[2:])
-        adds = [calibration.shared.of_pool(common, often_p), calibration.usually_alike.adds(alike_n[rows], often_p)]
-        most, usual = max(calibration.most), calibration.usual
-        pools[code] = Pool.of_cells(
-            rows[by_row], parts[0][by_row], own[by_row], most, usual, spread, *(part[:, by_row] for part in adds)
-        )
+        adds = [told.shared.of_pool(common, often_p), told.usually_alike.adds(alike_n[rows], often_p)]
+        cells = rows[by_row], parts[0][by_row], own[by_row]
+        left_cp, alike_cp = (part[:, by_row] for part in adds)
+        pools[code] = Pool.of_cells(*cells, max(told.most), told.usual, spread, left_cp, alike_cp)
         return len(rows)
 
-    each = Among.bytes_of(calibration.pool, len(frozen.scaling.genes))
+    each = Among.bytes_of(calibration.sizes[0], len(frozen.scaling.genes))
     together = int(np.clip(POOLS_SHARE * query.budget / each, 1, TOGETHER))
     genes: list[Matched] = []
     for start, stop in row_blocks(len(pools), together):
@@ -84,6 +86,13 @@ def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration)
             look_again(query, genes, strange, alike_n)
         strange.clear()
     return [pool for pool in pools if pool is not None], alike_n
+
+
+def wanted_sizes(query: Query) -> tuple[int, ...]:
+    """Return which of `held_out.sizes_of_pools` the pools of the query's batches are nearest to, falling."""
+    sizes = sizes_of_pools(query.frozen, query.settings)
+    drawn = np.diff(Drawn.open(query.directory.path / DRAWN).starts)
+    return tuple(sorted({nearest_size(sizes, min(cells, sizes[0])) for cells in drawn.tolist()}, reverse=True))
 
 
 def look_again(query: Query, genes: Sequence[Matched], strange: Mapping[int, Among], alike_n: np.ndarray) -> None:

@@ -77,6 +77,11 @@ class Around:
     known_mh: np.ndarray | None
     batch_mk: np.ndarray
 
+    def __getitem__(self, chosen: np.ndarray) -> Around:
+        """Return those around some of the cells."""
+        known = None if self.known_mh is None else self.known_mh[chosen]
+        return Around(self.mean_mh[chosen], known, self.batch_mk[chosen])
+
 
 @dataclass(frozen=True)
 class Profiles:

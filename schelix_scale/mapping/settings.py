@@ -31,7 +31,7 @@ class MapConfig(BaseModel):
         0.01, ge=0, lt=1, description="p-value at and below which a cell is novel, its label unknown"
     )
     calibration_cells: int = Field(
-        4000, ge=100, description="held-out cells of the reference, dealt over its batches, 400 of each at least"
+        16_000, ge=100, description="held-out cells of the reference, dealt over its batches, 400 of each at least"
     )
     calibration_batches: int = Field(50, ge=2, description="held-out batches of the reference, at most")
 

@@ -46,7 +46,7 @@ def by_loops(left: LeftOver, most: int, others: LeftOver | None = None) -> np.nd
     return np.array(out) / (most * (most + 1) / 2)
 
 
-@pytest.mark.parametrize(("cells", "most"), [(28, 3), (63, 8), (150, 8)])
+@pytest.mark.parametrize(("cells", "most"), [(28, 3), (63, 8), (150, 12)])
 def test_against_loops(cells: int, most: int) -> None:
     rng = RNG(1)
     own = 5 + rng.normal(size=(cells, GENES))

@@ -13,7 +13,7 @@ from scipy import sparse
 
 from schelix_scale import Reference, extend, integrate, map_cells
 from schelix_scale.mapping import alike as alike_module
-from schelix_scale.mapping import calibration, encode, in_common, pools, query
+from schelix_scale.mapping import calibration, encode, held_out_pools, pools, query
 from schelix_scale.mapping import held_out as held_out_module
 from schelix_scale.mapping.held_out import hold_out
 from schelix_scale.mapping.leftover import LeftOver
@@ -109,25 +109,13 @@ def test_cells_that_are_in_no_pool_are_read_again_where_a_pool_is_strange(
     assert max(map(len, read[1:])) <= 7
     monkeypatch.setattr(alike_module, "WEIGHT", 0.0)
     more, known_p = score - novelty(query)[1], np.isfinite(alike[0])
-    usually = calibration.calibrate(
-        Reference.open(quiet.run).frozen, [], MapConfig(calibration_cells=100)
-    ).usually_alike
+    usually = (
+        calibration.calibrate(Reference.open(quiet.run).frozen, [], MapConfig(calibration_cells=100))
+        .of_pool(60)
+        .usually_alike
+    )
     expected = 5 * np.log(np.maximum(alike[0][known_p] / usually.knee, 1))
     np.testing.assert_allclose(more[known_p], expected, atol=1e-3)
-
-
-def test_held_out_cells_that_are_in_no_pool_are_compared_with_it(
-    reference: Reference, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = hold_out(reference.frozen, MapConfig())
-    monkeypatch.setattr(held_out_module, "POOL", 100)
-    held_out = hold_out(reference.frozen, MapConfig())
-    kin = np.isin(np.arange(len(held_out.rows)), np.concatenate(held_out.kin_of))
-    assert kin.sum() == 300 < len(kin)
-    np.testing.assert_array_equal(held_out.rows, whole.rows)
-    for part in (kin, ~kin):
-        assert np.corrcoef(held_out.alike[part], whole.alike[part])[0, 1] > 0.5
-        assert np.median(held_out.alike[part]) == pytest.approx(np.median(whole.alike[part]), rel=0.15)
 
 
 @pytest.mark.parametrize(("asked", "silent"), [(60, [1]), (400, [0, 1, 2])])
@@ -139,7 +127,7 @@ def test_held_out_cells_are_those_of_the_sketch(
     Kin among fewer cells are not as alike, so that expression says nothing where the sketch has too few of all.
     """
     monkeypatch.setattr(held_out_module, "LEAST_OF_BATCH", asked)
-    monkeypatch.setattr(in_common, "LEAST_BATCHES", 2)
+    monkeypatch.setattr(held_out_pools, "LEAST_BATCHES", 2)
     frozen, settings = reference.frozen, MapConfig(calibration_cells=100)
     whole = frozen.sketch()
     part = whole.of_cells(np.flatnonzero((whole.batch_n != 1) & (np.arange(len(whole.rows)) % 2 == 0)))
@@ -147,12 +135,13 @@ def test_held_out_cells_are_those_of_the_sketch(
     held_out = hold_out(replace(frozen), settings)
     of_sketch = ~np.isin(held_out.batch, silent)
     assert np.isin(held_out.rows[of_sketch], part.rows).all()
-    np.testing.assert_array_equal(
-        [common.shape[1] > 0 for common in held_out.common_of], np.isin([0, 1, 2], silent) == 0
-    )
-    np.testing.assert_array_equal(held_out.expressed, of_sketch if len(silent) < 3 else True)
+    for of_size in held_out.pools[:-1]:
+        told = [common.shape[1] > 0 for common in of_size.common_of]
+        np.testing.assert_array_equal(told, np.isin(of_size.batch_of, silent) == 0)
+        np.testing.assert_array_equal(of_size.expressed, of_sketch if len(silent) < 3 else True)
+        if len(silent) == 3:
+            assert (of_size.shared.of_pool(np.ones((5, 3)), np.ones(5)) == 0).all()
     if len(silent) == 3:
-        assert (held_out.shared.of_pool(np.ones((5, 3)), np.ones(5)) == 0).all()
         assert len(held_out.rows) == frozen.n_cells, "as many are held out as always"
 
 
@@ -165,7 +154,7 @@ def test_batches_whose_expression_is_known_are_held_out_first(
         monkeypatch.setattr(type(frozen), "sketch", lambda _, part=part: part)
         held_out = hold_out(replace(frozen), MapConfig(calibration_batches=2))
         assert set(held_out.batch) == {0, 1, 2} - {lacking}
-        assert held_out.expressed.all()
+        assert all(of_size.expressed.all() for of_size in held_out.pools)
 
 
 def test_a_type_that_only_an_extension_has_is_not_novel(atlas: Atlas, tmp_path: Path) -> None:
@@ -189,9 +178,11 @@ def test_batches_without_expression_do_not_calibrate_novelty(
     frozen = reference.frozen
     held_out = hold_out(frozen, MapConfig())
     silent = held_out.batch == 1
-    monkeypatch.setattr(calibration, "hold_out", lambda *_: replace(held_out, expressed=~silent))
+    part = tuple(replace(of_size, expressed=~silent) for of_size in held_out.pools)
+    monkeypatch.setattr(calibration, "hold_out", lambda *_: replace(held_out, pools=part))
     found = calibration.calibrate(frozen, frozen.labels(("cell_type",)), MapConfig())
-    assert len(found.novelty.sizes[0].scores_s) == len(found.unlabelled.sizes[0].scores_s) == (~silent).sum()
+    for told in found.of_pools.values():
+        assert len(told.novelty.sizes[0].scores_s) == len(told.unlabelled.sizes[0].scores_s) == (~silent).sum()
 
 
 @pytest.mark.parametrize("of", ["reference", "query"])
@@ -261,7 +252,7 @@ def test_a_reference_of_two_batches_tells_what_is_novel(atlas: Atlas, tmp_path: 
     integrate(two, batch_key="batch", out=tmp_path / "run", reporter=QuietReporter(), **SETTINGS)
     reference = Reference.open(tmp_path / "run")
     held_out = hold_out(reference.frozen, MapConfig())
-    assert (held_out.shared.usual_z[:3] < np.inf).all()
+    assert (held_out.pools[0].shared.usual_z < np.inf).all()
     found = reference.map(atlas.query.copy(), batch_key="batch").obs["schelix_novelty_p"].to_numpy() <= 0.05
     novel = (atlas.query.obs["cell_type"] == NOVEL).to_numpy()
     assert found[~novel].mean() < 0.1

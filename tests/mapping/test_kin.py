@@ -15,7 +15,7 @@ from schelix_scale.mapping.kin import KinScores, Pool, Usual, spread_of
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 
-SIZES = (1, 2, 4, 8, 15)
+SIZES = (1, 2, 4, 8, 15, 30)
 
 
 def raw_scores(
@@ -49,11 +49,12 @@ def made_up(seed: int, n: int) -> tuple[np.ndarray, Evidence]:
     return raw, evidence(rng.normal(size=n), whitened(way, np.eye(4)))
 
 
-@pytest.mark.parametrize(("size", "most"), [(200, 5), (104, 4), (55, 3), (20, 2), (19, 1)])
+@pytest.mark.parametrize(("size", "most"), [(1_000, 6), (999, 5), (105, 5), (104, 4), (55, 3), (20, 2), (19, 1)])
 def test_a_cell_and_its_kin(size: int, most: int) -> None:
-    raw, own = made_up(0, 300)
-    rows = np.sort(np.random.default_rng(0).choice(300, size, replace=False))
-    found = Pool.of_cells(rows, raw[rows], own[rows]).scores(np.arange(300), raw, own)
+    n = max(300, size + 30)
+    raw, own = made_up(0, n)
+    rows = np.sort(np.random.default_rng(0).choice(n, size, replace=False))
+    found = Pool.of_cells(rows, raw[rows], own[rows]).scores(np.arange(n), raw, own)
     for scores, k in zip(found[0], SIZES[:most], strict=True):
         np.testing.assert_allclose(scores, expected(rows, raw, own.score_cm[0], own.way_md, k), atol=1e-3)
 
@@ -66,7 +67,7 @@ def test_what_labels_say_is_a_score_of_its_own() -> None:
     without, found = Pool.of_cells(rows, raw, own).scores(rows, raw, own)
     np.testing.assert_array_equal(without, Pool.of_cells(rows, raw, plain).scores(rows, raw, plain)[0])
     alike = cosine_similarity(raw)
-    for place, k in enumerate(SIZES):
+    for place, k in enumerate(SIZES[:5]):
         kin = [[cell, *[i for i in np.argsort(-alike[cell]) if i != cell][: k - 1]] for cell in rows]
         more = np.array([odd[cells].mean() for cells in kin])
         raw_score = raw_scores(rows, raw, plain.score_cm[0], plain.way_md, rows, k) + 3 * more
@@ -265,11 +266,12 @@ def test_tiny_batches_do_not_decide_the_covariance() -> None:
 def test_held_out_cells_have_kin_in_their_batch(reference: Reference) -> None:
     frozen: Frozen = reference.frozen
     held_out = hold_out(frozen, MapConfig())
-    silent = [common[:, :0] for common in held_out.common_of]
-    held_out = replace(held_out, common_of=silent, alike=held_out.alike * 0)
-    rows, (scores, _) = held_out.rows, held_out.with_kin(*np.zeros((2, len(held_out.rows))))
+    pools, rows = held_out.pools[0], held_out.rows
+    pools = replace(pools, common_of=[common[:, :0] for common in pools.common_of], alike=pools.alike * 0)
+    nothing = np.zeros(len(rows))
+    scores, _ = pools.with_kin(held_out.raw, held_out.evidence(nothing), nothing)
     batch, raw = frozen.batch_n[rows], np.asarray(frozen.raw_na[rows])
-    assert held_out.pool >= np.bincount(batch).max(), "all are in the pool, for this to be told"
+    assert len(pools.kin_of) == 3, "all of a batch are in one pool, for this to be told"
     of_batch = [rows[batch == code] for code in np.unique(batch)]
     corrected = np.concatenate([_corrected(frozen, mine, mine) for mine in of_batch])
     ways = corrected - np.asarray(frozen.anchor_na)[held_out.indices[:, :7]].mean(axis=1)
@@ -280,5 +282,5 @@ def test_held_out_cells_have_kin_in_their_batch(reference: Reference) -> None:
         around = corrected[mine] - ways[mine]
         alone = frozen.novelty(raw[mine], corrected[mine], around, held_out.distances[mine], width)
         parts = np.arange(len(mine)), raw[mine], alone, ways[mine] @ held_out.whitening
-        for place, k in enumerate(SIZES):
+        for place, k in enumerate(SIZES[:5]):  # 160 cells are too few for more kin
             np.testing.assert_allclose(scores[0, place, mine], expected(*parts, k), rtol=2e-3, atol=5e-3)

@@ -63,9 +63,10 @@ def test_types_too_rare_to_decide_a_vote_do_not_calibrate_novelty(
     rare = np.r_[np.flatnonzero(batch == 0)[:60], np.flatnonzero(batch == 1)[:elsewhere]]
     code[rare] = 1
     found = calibrate(frozen, [Labels("type", ("common", "rare"), code)], MapConfig())
-    held_out = len(found.unlabelled.sizes[0].scores_s)
+    for of_pools in found.of_pools.values():
+        held_out = len(of_pools.unlabelled.sizes[0].scores_s)
+        assert len(of_pools.novelty.sizes[0].scores_s) == held_out - 60 * left_out
     assert held_out == len(batch), "all are held out, for this to be told"
-    assert len(found.novelty.sizes[0].scores_s) == held_out - 60 * left_out
     labelled = len(found.labels[0].scores_s)
     assert labelled == held_out - (60 if elsewhere == 0 else 0), "labels are calibrated on all that others have at all"
 

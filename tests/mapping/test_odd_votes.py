@@ -18,7 +18,7 @@ from schelix_scale.mapping import odd_votes as odd_votes_module
 from schelix_scale.mapping.by_label import voted
 from schelix_scale.mapping.calibration import LEAST, calibrate
 from schelix_scale.mapping.held_out import hold_out
-from schelix_scale.mapping.kin import KinScores
+from schelix_scale.mapping.kin import KinScores, Usual
 from schelix_scale.mapping.odd_votes import odd_elsewhere, odd_votes, oddest, often, votes_within
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.transfer import LabelCalibration, Labels, usual_votes, vote
@@ -154,8 +154,9 @@ def test_labels_tell_of_a_type_between_two(reference: Reference, atlas: Atlas, t
     new = (query.obs["cell_type"] == "between").to_numpy()
     assert more[new].max() > 0.5 > more[~new].max(), "neighbours of both types are no label's usual ones"
     score = told.obs["schelix_novelty"].to_numpy()
-    p = calibration.novelty.p_values(KinScores(score, score, score, score, np.zeros(len(score), int)))
-    p = calibration.by_label.p_values(p, voted(columns, indices, distances))
+    alone_p = calibration.of_pools[19]
+    p = alone_p.novelty.p_values(KinScores(score, score, score, score, np.zeros(len(score), int)))
+    p = alone_p.by_label.p_values(p, voted(columns, indices, distances))
     np.testing.assert_allclose(told.obs["schelix_novelty_p"], p, atol=1e-6)
     np.testing.assert_array_equal(alone.embedding, told.embedding, "a latent does not depend on labels")
 
@@ -163,12 +164,16 @@ def test_labels_tell_of_a_type_between_two(reference: Reference, atlas: Atlas, t
 def test_held_out_cells_tell_what_labels_say(reference: Reference) -> None:
     held_out = hold_out(reference.frozen, MapConfig())
     odd = np.random.default_rng(0).exponential(size=len(held_out.rows))
-    every = np.ones(len(odd))
-    (without, told), usual = held_out.with_kin(odd, every)
+    every, pools = np.ones(len(odd)), held_out.pools[0]
+
+    def with_kin(odd_s: np.ndarray, often_s: np.ndarray) -> tuple[np.ndarray, Usual]:
+        return pools.with_kin(held_out.raw, held_out.evidence(odd_s), often_s)
+
+    (without, told), usual = with_kin(odd, every)
     np.testing.assert_allclose(told[0] - without[0], 3 * odd)
-    np.testing.assert_array_equal(without, held_out.with_kin(odd * 0, every)[0][1])
-    assert (usual.score_cz[1, 1:] > usual.score_cz[0, 1:]).all()
-    silent = held_out.with_kin(odd * 0, every * 0)[0]
+    np.testing.assert_array_equal(without, with_kin(odd * 0, every)[0][1])
+    assert (usual.score_cz[1, 1:5] > usual.score_cz[0, 1:5]).all()
+    silent = with_kin(odd * 0, every * 0)[0]
     np.testing.assert_array_equal(silent[0], without, "without labels none is rare")
     assert (silent[1, 0] < without[0]).mean() > 0.5, "expression of cells whose labels are rare does not count"
 
@@ -204,8 +209,11 @@ def test_novelty_is_calibrated_on_held_out_cells_and_their_votes(
         mine = held_out.batch == code
         near = held_out.indices[mine], held_out.distances[mine]
         often_s[mine] = often(columns, frozen.profiles, *near, int(code))
-    (without, told), _ = held_out.with_kin(np.maximum(*said), often_s)
-    for calibration, scores in ((found.unlabelled, without), (found.novelty, told)):
-        for part, of_size in zip(calibration.sizes, scores, strict=True):
-            np.testing.assert_allclose(part.scores_s, np.sort(of_size), atol=1e-9)
-    assert np.abs(told - without).max() > 0.5
+    for pools in held_out.pools:
+        (without, told), _ = pools.with_kin(held_out.raw, held_out.evidence(np.maximum(*said)), often_s)
+        of_pools = found.of_pools[pools.size]
+        for calibration, scores in ((of_pools.unlabelled, without), (of_pools.novelty, told)):
+            for part, of_size in zip(calibration.sizes, scores, strict=False):
+                np.testing.assert_allclose(part.scores_s, np.sort(of_size[np.isfinite(of_size)]), atol=1e-9)
+    (without, told), _ = held_out.pools[0].with_kin(held_out.raw, held_out.evidence(np.maximum(*said)), often_s)
+    assert np.nanmax(np.abs(told - without)) > 0.5

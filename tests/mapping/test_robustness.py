@@ -25,6 +25,7 @@ from schelix_scale.mapping.expression import Shared
 from schelix_scale.mapping.genes import match_genes
 from schelix_scale.mapping.held_out import hold_out
 from schelix_scale.mapping.kin import Usual
+from schelix_scale.mapping.of_pools import OfPools
 from schelix_scale.mapping.query import content_order
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
@@ -78,8 +79,11 @@ def test_labels_that_calibrate_fewer_kin_change_no_latent(atlas: Atlas, monkeypa
 
     def fewer(frozen: Frozen, labels: Sequence[Labels], *others: Any) -> Calibration:
         found = calibrate(frozen, labels, *others)
-        few = KinCalibration(found.novelty.sizes[:2], found.novelty.both[:2])
-        return replace(found, novelty=few) if labels else found
+        few = {
+            size: replace(part, novelty=KinCalibration(part.novelty.sizes[:2], part.novelty.both[:2]))
+            for size, part in found.of_pools.items()
+        }
+        return replace(found, of_pools=few) if labels else found
 
     monkeypatch.setattr(encode, "calibrate", fewer)
     one, other = (Reference.open(atlas.run).map(atlas.query, batch_key="batch", label_key=key) for key in ((), "side"))
@@ -195,13 +199,19 @@ def test_a_calibration_is_kept_as_it_is(tmp_path: Path) -> None:
     label = LabelCalibration(1.5, 0.02, np.arange(4.0), np.full(4, 0.25), np.array([[0.9, 0.1], [0.2, 0.8]]))
     novelty = KinCalibration(tuple(parts[:5]), tuple(parts[5:10]))
     unlabelled = KinCalibration(tuple(parts[10:12]), tuple(parts[12:]))
-    usual, shared = Usual(7.5, np.arange(10.0).reshape(2, 5)), Shared(np.arange(3.0))
+    usual, shared = Usual(7.5, np.arange(12.0).reshape(2, 6)), Shared(np.arange(4.0))
     by_label = ByLabel(np.arange(4.0), np.full(4, 0.25), np.arange(4)[None])
     alike = UsuallyAlike(1.5, np.inf)
     whitening = np.arange(9.0).reshape(3, 3)
-    saved = Calibration(novelty, unlabelled, (label,), whitening, usual, 123, shared, alike, by_label)
-    saved.save(tmp_path / "c.npz")
-    again = Calibration.load(tmp_path / "c.npz")
+    of_pools = OfPools(61, novelty, unlabelled, usual, shared, alike, by_label)
+    other_pools = OfPools(19, unlabelled, novelty, usual, shared, alike, by_label)
+    Calibration((label,), whitening, (123, 61, 30, 19), {61: of_pools, 19: other_pools}).save(tmp_path / "c.npz")
+    whole = Calibration.load(tmp_path / "c.npz")
+    assert whole.sizes == (123, 61, 30, 19)
+    assert list(whole.of_pools) == [61, 19]
+    assert whole.of_pool(70).size == 61
+    assert whole.of_pools[19].most == (4, 1)
+    again = whole.of_pool(60)
     found = [*again.novelty.sizes, *again.novelty.both, *again.unlabelled.sizes, *again.unlabelled.both]
     for one, other in zip(found, parts, strict=True):
         np.testing.assert_array_equal(one.scores_s, other.scores_s)
@@ -209,14 +219,13 @@ def test_a_calibration_is_kept_as_it_is(tmp_path: Path) -> None:
     assert again.most == (1, 4)
     assert again.usual.spread == 7.5
     np.testing.assert_array_equal(again.usual.score_cz, usual.score_cz)
-    np.testing.assert_array_equal(again.labels[0].usual_ll, label.usual_ll)
-    assert again.pool == 123
+    np.testing.assert_array_equal(whole.labels[0].usual_ll, label.usual_ll)
     assert again.usually_alike == alike
     for name in ("p_s", "weight_s", "code_cs"):
         np.testing.assert_array_equal(getattr(again.by_label, name), getattr(by_label, name))
     np.testing.assert_array_equal(again.shared.usual_z, shared.usual_z)
-    np.testing.assert_array_equal(again.whitening_dd, np.arange(9.0).reshape(3, 3))
-    assert (again.labels[0].temperature, again.labels[0].floor) == (1.5, 0.02)
+    np.testing.assert_array_equal(whole.whitening_dd, np.arange(9.0).reshape(3, 3))
+    assert (whole.labels[0].temperature, whole.labels[0].floor) == (1.5, 0.02)
 
 
 def test_too_few_held_out_cells_for_the_level_are_told(reference: Reference, atlas: Atlas) -> None:
@@ -224,8 +233,9 @@ def test_too_few_held_out_cells_for_the_level_are_told(reference: Reference, atl
     reference.map(atlas.known[:20].copy(), batch_key="batch", reporter=reporter, novelty=1e-6)
     assert any("tell p-values of" in text for text in reporter.messages)
     found = calibrate(reference.frozen, reference.frozen.labels(("cell_type",)), MapConfig())
-    of_all = max(part.least for part in (*found.novelty.both, *found.unlabelled.both))
-    level = (of_all + found.by_label.least(of_all)) / 2
+    told = found.of_pool(atlas.known.n_obs)
+    of_all = max(part.least for part in (*told.novelty.both, *told.unlabelled.both))
+    level = (of_all + told.by_label.least(of_all)) / 2
     assert of_all < level, "against the cells of a label the least is higher"
     for keys, said in (((), False), (("cell_type",), True)):
         reporter = QuietReporter()
