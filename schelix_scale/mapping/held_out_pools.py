@@ -138,7 +138,7 @@ def pools_of(
     wanted: Sequence[int],
     threads: int,
 ) -> tuple[HeldOutPools, ...]:
-    """Deal held-out cells of each batch over pools of each size that is wanted, smaller ones within larger ones.
+    """Deal held-out cells of each batch over pools of each size that is wanted, smaller ones within the largest.
 
     Where expression is known of less than three batches (or than there are), it tells nothing, of new cells either.
 
@@ -162,13 +162,11 @@ def pools_of(
         known_b[place] = max(wanted) >= ALONE and others and np.isin(held.rows[mine], sketch.rows).all()
         for top in parts(0, len(there), sizes[0]):
             known = _expression(frozen, sketch, held, there[slice(*top)], batch) if known_b[place] else None
-            within = [(0, top[1] - top[0])]
             for at, size in enumerate(sizes):
                 if size < ALONE:
                     found[place][at].append(_Found(np.sort(there[slice(*top)])))
                     continue
-                within = [part for span in within for part in parts(*span, size)]
-                for start, stop in within if size in wanted else ():
+                for start, stop in parts(0, top[1] - top[0], size) if size in wanted else ():
                     cells = there[top[0] + start : top[0] + stop]
                     order = np.argsort(cells)
                     of_pool = None if known is None else known[start + order]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -13,6 +15,7 @@ from schelix_scale.graph.vectors import unit_rows
 from schelix_scale.mapping.alike import Alike
 from schelix_scale.mapping.expression import pool_in_common
 from schelix_scale.mapping.held_out import _corrected, hold_out
+from schelix_scale.mapping.kin import Pool
 from schelix_scale.mapping.leftover import LeftOver
 from schelix_scale.mapping.pool_sizes import nearest_size, parts, pool_sizes
 from schelix_scale.mapping.settings import MapConfig
@@ -41,14 +44,15 @@ def test_the_nearest_size_is_so_as_a_multiple() -> None:
     assert nearest_size((19,), 300) == 19
 
 
-@pytest.mark.parametrize("cells", [1, 7, 99, 149, 150, 151, 642, 2_000])
+@pytest.mark.parametrize("cells", [1, 7, 99, 149, 150, 151, 180, 642, 2_000])
 def test_parts_are_about_as_large_as_the_size(cells: int) -> None:
     found = parts(5, 5 + cells, 100)
     assert [start for start, _ in found] == [5, *(stop for _, stop in found[:-1])]
     assert found[-1][1] == 5 + cells
     length = np.diff(found).ravel()
     assert np.ptp(length) <= 1
-    assert len(found) == 1 or (length.min() >= 66 and length.max() <= 150)
+    assert length.max() <= 150
+    assert len(found) == 1 or length.min() >= 66
 
 
 def test_held_out_cells_are_compared_within_pools_of_each_size(
@@ -61,17 +65,12 @@ def test_held_out_cells_are_compared_within_pools_of_each_size(
     sizes = [pools.size for pools in held_out.pools]
     assert sizes[0] == np.sort(size_b)[1], "half of the batches have as many"
     assert sizes[-1] == 19
-    within = [np.zeros(len(held_out.rows), int)]
     for pools in held_out.pools[:-1]:
         every = np.concatenate(pools.kin_of)
         np.testing.assert_array_equal(np.sort(every), np.arange(len(held_out.rows)))
         for kin, batch in zip(pools.kin_of, pools.batch_of, strict=True):
             assert (held_out.batch[kin] == batch).all()
-            assert len(np.unique(within[-1][kin])) == 1, "a part of a larger pool"
             assert len(kin) == size_b[batch] or 2 / 3 <= len(kin) / pools.size <= 1.5
-        within.append(np.empty(len(held_out.rows), int))
-        for place, kin in enumerate(pools.kin_of):
-            within[-1][kin] = place
     for pools in held_out.pools[:3]:
         for place in (0, len(pools.kin_of) - 1):
             kin, batch = pools.kin_of[place], pools.batch_of[place]
@@ -86,9 +85,33 @@ def test_held_out_cells_are_compared_within_pools_of_each_size(
     alone = held_out.pools[-1]
     assert not alone.alike.any()
     assert all(common.shape[1] == 0 for common in alone.common_of)
-    monkeypatch.setattr(LeftOver, "of_pool", None)  # nothing is computed for sizes that are not wanted
-    (only,) = hold_out(frozen, MapConfig(), wanted=[19]).pools
-    assert only.size == 19
+    asked: list[int] = []
+    whole_pool = LeftOver.of_pool
+
+    def remember(*parts: Any) -> LeftOver:
+        asked.append(parts[1].shape[0])
+        return whole_pool(*parts)
+
+    monkeypatch.setattr(LeftOver, "of_pool", remember)
+    (only,) = hold_out(frozen, MapConfig(), wanted=sizes[1:2]).pools
+    assert only.size == sizes[1]
+    assert sorted(asked) == sorted(map(len, only.kin_of)), "nothing is computed for sizes that are not wanted"
+    for one, other in zip(only.kin_of, held_out.pools[1].kin_of, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_is_usual_is_the_median_over_batches_of_means_over_their_pools(reference: Reference) -> None:
+    held_out = hold_out(reference.frozen, MapConfig())
+    pools, nothing = held_out.pools[2], np.zeros(len(held_out.rows))
+    silent = replace(pools, common_of=[common[:, :0] for common in pools.common_of])
+    own = held_out.evidence(nothing)
+    _, usual = silent.with_kin(held_out.raw, own, nothing + 1)
+    told = [Pool.of_cells(kin, held_out.raw[kin], own[kin]).usual_cz for kin in pools.kin_of]
+    of_batch = [
+        np.mean([cz for cz, of in zip(told, pools.batch_of, strict=True) if of == batch], axis=0) for batch in range(3)
+    ]
+    np.testing.assert_allclose(usual.score_cz[:, : told[0].shape[1]], np.median(of_batch, axis=0))
+    assert len(told) > 9
 
 
 def test_batches_of_all_sizes_are_told_together_as_they_are_alone(
