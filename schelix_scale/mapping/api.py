@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self, final
 
@@ -154,11 +155,12 @@ class Reference:
             project(query, sizes_of_pools(self.frozen, settings)[0])  # first: genes that do not fit are found at once
             correct(query)
             wanted = wanted_sizes(query)
-            calibration_key = (keys, settings.calibration_cells, settings.calibration_batches, wanted)
+            calibration_key = (keys, settings.calibration_cells, settings.calibration_batches)
             with self._lock:  # calibrated once for all threads
                 known = self._calibrations.get(calibration_key)
                 calibration, _ = find_calibration(query, labels, wanted, known)
-                self._calibrations[calibration_key] = calibration
+                before = {} if known is None else known.of_pools
+                self._calibrations[calibration_key] = replace(calibration, of_pools={**before, **calibration.of_pools})
             find_neighbors(query)
             encode_query(query, labels, calibration)
             if not (directory.path / "manifest.json").exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,10 @@ class Calibration:
     def of_pool(self, cells: int) -> OfPools:
         """Return what tells of a pool of so many cells."""
         return self.of_pools[nearest_size(self.sizes, cells)]
+
+    def only(self, wanted: Sequence[int]) -> Calibration:
+        """Return the same for pools of these sizes alone."""
+        return replace(self, of_pools={size: self.of_pools[size] for size in wanted})
 
     def save(self, path: Path) -> None:
         """Write all arrays to an .npz file."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,9 +54,14 @@ CALIBRATION, MAPPED = "calibration.npz", "mapped.zarr"
 def find_calibration(
     query: Query, labels: Sequence[Labels], wanted: Sequence[int], known: Calibration | None
 ) -> tuple[Calibration, Any]:
-    """Calibrate on held-out batches of the reference, or take what is ``known``, and keep it in the directory.
+    """Calibrate on held-out batches of the reference, and keep it in the directory.
 
-    ``wanted`` are the sizes of pools that the query has, see `pools.wanted_sizes`.
+    Parameters
+    ----------
+    wanted
+        The sizes of pools that the query has, see `pools.wanted_sizes`.
+    known
+        What was calibrated before, of some sizes.
     """
     settings = query.settings
     inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 15}
@@ -64,10 +69,12 @@ def find_calibration(
     inputs["pools"] = list(wanted)
 
     def make() -> tuple[list[str], dict[str, Any]]:
-        found = known
-        if found is None:
+        of_pools = {} if known is None else dict(known.of_pools)
+        lacking, found = [size for size in wanted if size not in of_pools], known
+        if lacking or found is None:
             with query.reporter.stage("calibrate", settings.calibration_cells) as progress:
-                found = calibrate(query.frozen, labels, settings, query.threads, progress.advance, wanted)
+                found = calibrate(query.frozen, labels, settings, query.threads, progress.advance, lacking)
+        found = replace(found, of_pools=of_pools | dict(found.of_pools)).only(wanted)
         with query.directory.publish(CALIBRATION) as path:
             found.save(path)
         details: dict[str, Any] = {"held_out_cells": len(found.of_pools[wanted[0]].novelty.sizes[0].scores_s)}

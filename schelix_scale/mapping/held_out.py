@@ -81,26 +81,12 @@ def hold_out(
     DataError
         The reference has one batch, or one beside which there are hardly any cells.
     """
-    rng = np.random.default_rng([frozen.config.seed, 0xCA1])
-    batches, sizes = np.unique(frozen.batch_n, return_counts=True)
-    sketch, most = frozen.sketch(), held_out_cells(len(batches), settings)
-    sketched = np.bincount(sketch.batch_n, minlength=int(batches[-1]) + 1)[batches]
-    known = sketched >= np.minimum(min(LEAST_OF_BATCH, most), sizes)
-    if len(batches) > settings.calibration_batches:
-        order = rng.permutation(len(batches))
-        order = order[np.argsort(~known[order], kind="stable")]  # those of which expression is known first
-        drawn = np.sort(order[: settings.calibration_batches])
-        batches, sizes, sketched, known = batches[drawn], sizes[drawn], sketched[drawn], known[drawn]
-    chosen: list[tuple[np.ndarray, np.ndarray]] = []
-    for batch, size, share in zip(
-        batches.tolist(), sizes, np.where(known, np.minimum(sketched, most), most), strict=True
-    ):
+    rng, sketch, chosen = np.random.default_rng([frozen.config.seed, 0xCA1]), frozen.sketch(), []
+    for batch, count in zip(*held_out_batches(frozen, settings), strict=True):
         cells = np.flatnonzero(frozen.batch_n == batch)
-        fit = np.sort(rng.choice(cells, min(FIT_CELLS, size), replace=False))
-        among = _expressed(fit, cells, sketch.rows, share)
-        rows = np.sort(rng.choice(among, min(share, len(among)), replace=False))
-        if size < frozen.n_cells - frozen.config.graph.k:
-            chosen.append((fit, rows))
+        fit = np.sort(rng.choice(cells, min(FIT_CELLS, len(cells)), replace=False))
+        among = _expressed(fit, cells, sketch.rows, count)
+        chosen.append((fit, np.sort(rng.choice(among, count, replace=False))))
     moved: list[np.ndarray] = [np.zeros(0)] * len(chosen)
 
     def task(place: int) -> int:
@@ -110,7 +96,7 @@ def hold_out(
     run_tasks(task, range(len(chosen)), threads, None, advance)
     if not chosen:
         raise DataError(
-            f"the reference {frozen.directory.path} has {len(batches)} batches, none of which can be held out: "
+            f"the reference {frozen.directory.path} has no batch that can be held out: "
             f"{frozen.config.graph.k} cells must be left. Mapping is calibrated on held-out batches."
         )
     rows, corrected = np.concatenate([rows for _, rows in chosen]), np.concatenate(moved)
@@ -136,11 +122,29 @@ def held_out_cells(batches: int, settings: MapConfig) -> int:
     return max(LEAST_OF_BATCH, settings.calibration_cells // min(batches, settings.calibration_batches))
 
 
+def held_out_batches(frozen: Frozen, settings: MapConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return batches that are held out, and how many cells of each: of the sketch, if it has 400 of them or all.
+
+    Those of which it has are first, if there are more than are asked for. Of a batch beside which less than k cells
+    would be left there are none.
+    """
+    sizes = np.bincount(frozen.batch_n)
+    batches = np.flatnonzero(sizes)
+    sizes, sketched = sizes[batches], frozen.sketched_b[batches]
+    most = held_out_cells(len(batches), settings)
+    known = sketched >= np.minimum(min(LEAST_OF_BATCH, most), sizes)
+    count = np.where(known, np.minimum(sketched, most), np.minimum(min(most, FIT_CELLS), sizes))
+    drawn = np.arange(len(batches))
+    if len(batches) > settings.calibration_batches:
+        order = np.random.default_rng([frozen.config.seed, 0xCA0]).permutation(len(batches))
+        drawn = np.sort(order[np.argsort(~known[order], kind="stable")][: settings.calibration_batches])
+    drawn = drawn[sizes[drawn] < frozen.n_cells - frozen.config.graph.k]
+    return batches[drawn], count[drawn]
+
+
 def sizes_of_pools(frozen: Frozen, settings: MapConfig) -> tuple[int, ...]:
     """Return among how many cells of a batch its cells can have their kin, see `pool_sizes.pool_sizes`."""
-    sizes = np.bincount(frozen.batch_n)
-    most = held_out_cells(int((sizes > 0).sum()), settings)
-    return pool_sizes(np.minimum(sizes[sizes > 0], most).tolist())
+    return pool_sizes(held_out_batches(frozen, settings)[1].tolist())
 
 
 def _expressed(fit: np.ndarray, cells: np.ndarray, sketched: np.ndarray, share: int) -> np.ndarray:
@@ -159,11 +163,11 @@ def _corrected(frozen: Frozen, fit: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Correct cells of a batch as those of a new one, whose displacement is fitted on the cells ``fit``."""
     if not frozen.corrects:
         return np.asarray(frozen.anchor_na[rows])
-    empty = np.zeros((len(fit), 0), np.float32)
+    fit_empty, empty = (np.zeros((len(part), 0), np.float32) for part in (fit, rows))
     clusters = frozen.clusters.without_variants()
-    shift = fit_batch(clusters, np.asarray(frozen.raw_na[fit]), empty)
+    shift = fit_batch(clusters, np.asarray(frozen.raw_na[fit]), fit_empty)
     raw = np.asarray(frozen.raw_na[rows])
-    return shifted(shift, raw, empty[: len(rows)], frozen.streams.strength)[0]
+    return shifted(shift, raw, empty, frozen.streams.strength)[0]
 
 
 def _neighbors_elsewhere(

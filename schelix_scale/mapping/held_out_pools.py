@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
+from schelix_scale.config import memory_budget
 from schelix_scale.genes.sketch import Sketch
 from schelix_scale.graph.vectors import unit_rows
 from schelix_scale.mapping.alike import Alike, UsuallyAlike
@@ -15,7 +16,7 @@ from schelix_scale.mapping.evidence import Evidence
 from schelix_scale.mapping.expression import Shared, pool_in_common, usual_common
 from schelix_scale.mapping.kin import ALONE, SIZES, Pool, Usual, spread_of
 from schelix_scale.mapping.leftover import LeftOver
-from schelix_scale.mapping.pool_sizes import parts
+from schelix_scale.mapping.pool_sizes import EXPRESSED, parts, workers
 from schelix_scale.mapping.profiles import NEIGHBORS, Around
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.scheduling import run_tasks
@@ -30,8 +31,8 @@ class HeldOutPools:
     Attributes
     ----------
     size
-        How many cells a pool has, about: those of a batch that has less are one. Less than 20 stands for cells that are
-        looked at alone.
+        How many cells a pool has, about: those of a batch that has less are one. Of a size of less than 40 expression
+        does not count; less than 20 stands for cells that are looked at alone.
     kin_of, batch_of
         Of each pool: its cells, ascending, and of which batch they are.
     spread_of
@@ -42,8 +43,8 @@ class HeldOutPools:
         (s,) what the expression of cells has in common with that of those most alike, see `alike.Alike`, 0 where that
         is not known; and what is usual.
     expressed
-        (s,) whether the batch's expression is known, and may calibrate: not of batches that a run was extended by.
-        Where that is so of too few batches expression tells nothing, and all may.
+        (s,) whether the expression of the pool is known, so that it may calibrate: not of batches that a run was
+        extended by, or of pools of less than 40. Where it is of too few batches expression tells nothing, and all may.
     """
 
     size: int
@@ -159,7 +160,7 @@ def pools_of(
         batch, mine = int(batches[place]), np.flatnonzero(held.batch == batches[place])
         there = np.random.default_rng([frozen.config.seed, 0xCA1, batch]).permutation(mine)
         others = (frozen.profiles.batch_p != batch).sum() > NEIGHBORS
-        known_b[place] = max(wanted) >= ALONE and others and np.isin(held.rows[mine], sketch.rows).all()
+        known_b[place] = max(wanted) >= EXPRESSED and others and np.isin(held.rows[mine], sketch.rows).all()
         for top in parts(0, len(there), sizes[0]):
             known = _expression(frozen, sketch, held, there[slice(*top)], batch) if known_b[place] else None
             for at, size in enumerate(sizes):
@@ -169,11 +170,14 @@ def pools_of(
                 for start, stop in parts(0, top[1] - top[0], size) if size in wanted else ():
                     cells = there[top[0] + start : top[0] + stop]
                     order = np.argsort(cells)
-                    of_pool = None if known is None else known[start + order]
+                    counts = min(size, len(cells)) >= EXPRESSED
+                    of_pool = known[start + order] if known is not None and counts else None
                     found[place][at].append(_common(frozen, held, cells[order], of_pool, batch))
         return len(mine)
 
-    run_tasks(task, range(len(batches)), threads)
+    largest = int(min(1.5 * sizes[0], np.unique(held.batch, return_counts=True)[1].max()))
+    at_once = workers(memory_budget(frozen.config), largest, len(frozen.scaling.genes), threads)
+    run_tasks(task, range(len(batches)), at_once)
 
     def spread(kin: np.ndarray) -> float:
         return spread_of(frozen.clusters.weights(held.corrected[kin]))
@@ -224,8 +228,8 @@ def _together(
     """Put together pools of all batches."""
     pools = [pool for of_batch in found for pool in of_batch]
     batch_of = [int(batch) for batch, of_batch in zip(batches, found, strict=True) for _ in of_batch]
-    large = np.array([max(len(pool.kin) for pool in of_batch) >= ALONE for of_batch in found]) & (size >= ALONE)
-    tells = size >= ALONE and (known_b & large).sum() >= min(LEAST_BATCHES, large.sum()) and known_b.any()
+    large = np.array([max(len(pool.kin) for pool in of_batch) >= EXPRESSED for of_batch in found])
+    tells = size >= EXPRESSED and large.any() and (known_b & large).sum() >= min(LEAST_BATCHES, large.sum())
     alike, expressed = np.zeros(cells), np.ones(cells, bool)
     for pool in pools if tells else ():
         expressed[pool.kin] = pool.common is not None

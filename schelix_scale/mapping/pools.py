@@ -14,7 +14,7 @@ import numpy as np
 
 from schelix_scale.features.onepass import PASS_SHARE, block_size
 from schelix_scale.graph.vectors import row_blocks, unit_rows
-from schelix_scale.mapping.alike import LEAST, Alike, Among
+from schelix_scale.mapping.alike import Alike, Among
 from schelix_scale.mapping.calibration import Calibration
 from schelix_scale.mapping.drawn import DRAWN, Drawn
 from schelix_scale.mapping.evidence import Evidence, mean_around, whitened
@@ -25,14 +25,14 @@ from schelix_scale.mapping.leftover import LeftOver
 from schelix_scale.mapping.matched import Matched, matched, read_values
 from schelix_scale.mapping.novelty import NEIGHBORS
 from schelix_scale.mapping.odd_votes import oddest_votes, often
-from schelix_scale.mapping.pool_sizes import nearest_size
+from schelix_scale.mapping.pool_sizes import EXPRESSED, POOLS_SHARE, nearest_size, workers
 from schelix_scale.mapping.query import CORRECTED, DISTANCES, INDICES, MEASURED, RAW, Query
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.scheduling import run_tasks
 from schelix_scale.transfer import Labels
 
 LOOK_CELLS = 1_024  # that are read again at once, if they are not of a store that is scanned
-TOGETHER, POOLS_SHARE = 32, 0.25  # batches whose pools are held with all genes, and their share of the memory, at most
+TOGETHER = 32  # batches whose pools are held with all genes, at most
 
 
 def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration) -> tuple[list[Pool], np.ndarray]:
@@ -59,7 +59,7 @@ def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration)
         spread = spread_of(frozen.clusters.weights(parts[1]))
         known = drawn.known_gh[np.zeros(len(rows), np.int64) if measured is None else measured.group_n[rows]]
         common, alike_n[rows], among = np.zeros((len(rows), 0)), 0.0, None
-        if len(rows) >= LEAST:
+        if told.size >= EXPRESSED:
             own_ph, measured_ph = frozen.scaling.of_used(x_ph), None if known.all() else known
             unit, held = unit_rows(parts[1]), frozen.told(parts[2])
             left = LeftOver.of_pool(frozen.profiles, own_ph, measured_ph, unit, likely_known(own), held)
@@ -78,9 +78,10 @@ def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration)
 
     each = Among.bytes_of(calibration.sizes[0], len(frozen.scaling.genes))
     together = int(np.clip(POOLS_SHARE * query.budget / each, 1, TOGETHER))
+    at_once = workers(query.budget, calibration.sizes[0], len(frozen.scaling.genes), query.threads)
     genes: list[Matched] = []
     for start, stop in row_blocks(len(pools), together):
-        run_tasks(find, range(start, stop), query.threads)
+        run_tasks(find, range(start, stop), at_once)
         if strange:
             genes = genes or matched(query)
             look_again(query, genes, strange, alike_n)

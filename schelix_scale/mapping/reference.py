@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from schelix_scale.arrays import map_array
+from schelix_scale.arrays import load_arrays, map_array
 from schelix_scale.config import Config
 from schelix_scale.context import BATCH, ROW
 from schelix_scale.errors import DataError, RunError
@@ -158,6 +158,12 @@ class Frozen:
     def sketch(self) -> Sketch:
         """Read the sketch: cells of which the run keeps the expression."""
         return Sketch.load(self.directory.path / "sketch.npz")
+
+    @cached_property
+    def sketched_b(self) -> np.ndarray:
+        """How many cells of each batch the sketch has, (b,)."""
+        (codes,) = load_arrays(self.directory.path / "sketch.npz", "batch_n").values()
+        return np.bincount(codes, minlength=int(self.batch_n.max()) + 1)
 
     @cached_property
     def scaling(self) -> Scaling:

@@ -12,12 +12,14 @@ import pytest
 
 from schelix_scale import Reference
 from schelix_scale.graph.vectors import unit_rows
+from schelix_scale.mapping import encode, held_out
 from schelix_scale.mapping.alike import Alike
+from schelix_scale.mapping.calibration import calibrate
 from schelix_scale.mapping.expression import pool_in_common
-from schelix_scale.mapping.held_out import _corrected, hold_out
+from schelix_scale.mapping.held_out import _corrected, held_out_batches, hold_out
 from schelix_scale.mapping.kin import Pool
 from schelix_scale.mapping.leftover import LeftOver
-from schelix_scale.mapping.pool_sizes import nearest_size, parts, pool_sizes
+from schelix_scale.mapping.pool_sizes import EXPRESSED, nearest_size, parts, pool_sizes, workers
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.records import read_json
 from tests.mapping.conftest import Atlas
@@ -26,11 +28,16 @@ from tests.mapping.conftest import Atlas
 @pytest.mark.parametrize(
     ("cells", "sizes"),
     [
-        ([100, 100, 642, 82, 100], (100, 50, 25, 19)),
-        ([642, 100], (642, 321, 160, 80, 40, 20, 19)),
-        ([9_000] * 3, (2_000, 1_000, 500, 250, 125, 62, 31, 19)),
+        ([100, 100, 642, 82, 100], (100, 60, 30, 19)),
+        ([642, 100], (642, 240, 120, 60, 30, 19)),
+        ([9_000] * 3, (2_000, 960, 480, 240, 120, 60, 30, 19)),
         ([15, 15, 15, 700], (19,)),
+        ([15] * 31 + [700] * 3, (700, 480, 240, 120, 60, 30, 19)),
+        ([99, 99, 99, 700, 700], (99, 60, 30, 19)),
         ([20], (20, 19)),
+        ([39], (30, 19)),
+        ([40], (40, 30, 19)),
+        ([], (19,)),
     ],
 )
 def test_half_of_the_batches_have_the_largest_pool(cells: list[int], sizes: tuple[int, ...]) -> None:
@@ -38,10 +45,19 @@ def test_half_of_the_batches_have_the_largest_pool(cells: list[int], sizes: tupl
 
 
 def test_the_nearest_size_is_so_as_a_multiple() -> None:
-    sizes = (400, 200, 100, 50, 25, 19)
-    found = {cells: nearest_size(sizes, cells) for cells in (1, 19, 20, 35, 36, 141, 142, 282, 283, 400)}
-    assert found == {1: 19, 19: 19, 20: 25, 35: 25, 36: 50, 141: 100, 142: 200, 282: 200, 283: 400, 400: 400}
+    sizes = (400, 240, 120, 60, 30, 19)
+    found = {cells: nearest_size(sizes, cells) for cells in (1, 19, 20, 39, 40, 84, 85, 169, 170, 309, 310, 400)}
+    expected = [19, 19, 30, 30, 60, 60, 120, 120, 240, 240, 400, 400]
+    assert list(found.values()) == expected, "expression does not count in pools of less than 40, old or new"
     assert nearest_size((19,), 300) == 19
+    assert nearest_size((400, 240, 120, 30, 19), 41) == 120
+
+
+def test_fewer_pools_are_worked_on_at_once_where_memory_is_scarce() -> None:
+    gb = 10**9
+    assert workers(16 * gb, 2_000, 2_000, 8) == 8
+    assert workers(4 * gb, 2_000, 2_000, 8) == 4
+    assert workers(gb // 10, 2_000, 2_000, 8) == 1
 
 
 @pytest.mark.parametrize("cells", [1, 7, 99, 149, 150, 151, 180, 642, 2_000])
@@ -71,7 +87,7 @@ def test_held_out_cells_are_compared_within_pools_of_each_size(
         for kin, batch in zip(pools.kin_of, pools.batch_of, strict=True):
             assert (held_out.batch[kin] == batch).all()
             assert len(kin) == size_b[batch] or 2 / 3 <= len(kin) / pools.size <= 1.5
-    for pools in held_out.pools[:3]:
+    for pools in held_out.pools[:-2]:
         for place in (0, len(pools.kin_of) - 1):
             kin, batch = pools.kin_of[place], pools.batch_of[place]
             rows = held_out.rows[kin]
@@ -82,9 +98,12 @@ def test_held_out_cells_are_compared_within_pools_of_each_size(
             np.testing.assert_allclose(pools.alike[kin], Alike.of_pool(left)[1], rtol=1e-4, atol=1e-5)
             common = pool_in_common(left, held_out.raw[kin])
             np.testing.assert_allclose(pools.common_of[place], common, rtol=1e-3, atol=1e-3)
-    alone = held_out.pools[-1]
-    assert not alone.alike.any()
-    assert all(common.shape[1] == 0 for common in alone.common_of)
+    assert sum(size >= EXPRESSED for size in sizes) == len(sizes) - 2 >= 2
+    for few in held_out.pools[-2:]:
+        assert not few.alike.any()
+        assert all(common.shape[1] == 0 for common in few.common_of)
+        assert few.usually_alike.knee == np.inf
+        assert few.expressed.all()
     asked: list[int] = []
     whole_pool = LeftOver.of_pool
 
@@ -102,7 +121,7 @@ def test_held_out_cells_are_compared_within_pools_of_each_size(
 
 def test_what_is_usual_is_the_median_over_batches_of_means_over_their_pools(reference: Reference) -> None:
     held_out = hold_out(reference.frozen, MapConfig())
-    pools, nothing = held_out.pools[2], np.zeros(len(held_out.rows))
+    pools, nothing = held_out.pools[1], np.zeros(len(held_out.rows))
     silent = replace(pools, common_of=[common[:, :0] for common in pools.common_of])
     own = held_out.evidence(nothing)
     _, usual = silent.with_kin(held_out.raw, own, nothing + 1)
@@ -111,7 +130,48 @@ def test_what_is_usual_is_the_median_over_batches_of_means_over_their_pools(refe
         np.mean([cz for cz, of in zip(told, pools.batch_of, strict=True) if of == batch], axis=0) for batch in range(3)
     ]
     np.testing.assert_allclose(usual.score_cz[:, : told[0].shape[1]], np.median(of_batch, axis=0))
-    assert len(told) > 9
+    assert len(told) > 6
+
+
+@pytest.mark.parametrize("small", [30, 45, 82])
+def test_pools_of_few_cells_do_not_say_what_is_usual(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch, small: int
+) -> None:
+    """One small batch among large ones: expression counts in all pools of a size that calibrate, or in none."""
+    frozen = reference.frozen
+    batches, counts = held_out_batches(frozen, MapConfig())
+    monkeypatch.setattr(held_out, "held_out_batches", lambda *_: (batches, np.r_[counts[:-1], small]))
+    monkeypatch.setattr(held_out, "sizes_of_pools", lambda *_: (160, 60, 30, 19))
+    for pools in hold_out(frozen, MapConfig()).pools:
+        counted = {common.shape[1] > 0 for kin, common in zip(pools.kin_of, pools.common_of, strict=True)}
+        calibrating = {
+            common.shape[1] > 0
+            for kin, common in zip(pools.kin_of, pools.common_of, strict=True)
+            if pools.expressed[kin].all()
+        }
+        assert calibrating == {pools.size >= EXPRESSED}
+        assert (pools.usually_alike.knee < np.inf) == (pools.size >= EXPRESSED)
+        assert counted == ({True, False} if small < EXPRESSED <= pools.size else {pools.size >= EXPRESSED})
+
+
+def test_only_sizes_that_are_not_known_are_calibrated(atlas: Atlas, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service that maps queries of all sizes calibrates each once."""
+    asked: list[Any] = []
+
+    def remember(*parts: Any) -> Any:
+        asked.append(list(parts[-1]))
+        return calibrate(*parts)
+
+    monkeypatch.setattr(encode, "calibrate", remember)
+    reference, few = Reference.open(atlas.run), atlas.known[:24].copy()
+    few.obs["batch"] = "few"
+    both = anndata.concat([atlas.known, few], index_unique="-")
+    alone = [reference.map(cells.copy(), batch_key="batch").obs for cells in (few, atlas.known, few)]
+    together = reference.map(both, batch_key="batch").obs["schelix_novelty_p"].to_numpy()
+    assert asked == [[30], [160]]
+    np.testing.assert_array_equal(alone[0]["schelix_novelty_p"], alone[2]["schelix_novelty_p"])
+    apart = np.r_[alone[1]["schelix_novelty_p"], alone[0]["schelix_novelty_p"]]
+    np.testing.assert_allclose(together, apart, rtol=1e-5)
 
 
 def test_batches_of_all_sizes_are_told_together_as_they_are_alone(
