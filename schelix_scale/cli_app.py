@@ -10,6 +10,7 @@ import typer
 
 from schelix_scale._version import __version__
 from schelix_scale.errors import SchelixError
+from schelix_scale.interruptions import listening
 from schelix_scale.progress import QuietReporter, Reporter, RichReporter
 
 _AGAIN = "Run the same command again to continue: finished stages are kept."
@@ -39,7 +40,8 @@ def reported(verb: Callable[P, None]) -> Callable[P, None]:
 
         context: Any = kwargs["context"]
         try:
-            verb(*args, **kwargs)
+            with listening():
+                verb(*args, **kwargs)
         except SchelixError as error:
             if context.find_root().params.get("debug"):
                 raise

@@ -1,6 +1,7 @@
 """Progress of long stages: every stage takes a `Reporter` and tells it what it does, never prints itself.
 
 What comes in: stage names, totals and advances. What goes out: a bar on a terminal, plain lines elsewhere, or nothing.
+Where a stage starts or gets on, an interruption that was swallowed is raised again, see `interruptions`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import IO, TYPE_CHECKING, Protocol, final
+
+from schelix_scale.interruptions import heed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +53,8 @@ class QuietReporter(Reporter):
 
     @contextmanager
     def stage(self, name: str, total: int | None = None, unit: str = "cells") -> Iterator[Stage]:
-        """Do nothing."""
+        """Show nothing."""
+        heed()
         yield _Silent()
 
     def say(self, message: str) -> None:
@@ -89,6 +93,7 @@ class RichReporter(Reporter):
     @contextmanager
     def stage(self, name: str, total: int | None = None, unit: str = "cells") -> Iterator[Stage]:
         """Show the stage while the context lasts."""
+        heed()
         started = self._clock()
         if not self._console.is_terminal:
             self._line(f"{name}: started" + (f" ({total:,} {unit})" if total is not None else ""))
@@ -137,6 +142,7 @@ class RichReporter(Reporter):
 class _Silent:
     def advance(self, n: int = 1) -> None:
         """Ignore the advance."""
+        heed()
 
 
 @final
@@ -146,6 +152,7 @@ class _Bar:
 
     def advance(self, n: int = 1) -> None:
         """Move the bar."""
+        heed()
         self._advance(n)
 
 
@@ -170,6 +177,7 @@ class _Lines:
 
     def advance(self, n: int = 1) -> None:
         """Count, and write a line at most every ``interval`` seconds."""
+        heed()
         with self._lock:
             self._done += n
             now = self._clock()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from schelix_scale.interruptions import heed, listening
 from schelix_scale.run import Run
 
 from .commands import PYTHON, cells, integrate, schelix
@@ -83,3 +84,73 @@ def test_an_interruption_while_a_string_is_executed_is_130_too(tmp_path: Path) -
     stopped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert stopped.returncode == 130, stopped.stderr
     assert "Run the same command again to continue" in stopped.stderr
+
+
+SWALLOWING = """
+import os, signal, threading, time
+import schelix_scale.pipeline
+from schelix_scale.cli import main
+
+def swallow():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    except BaseException:
+        pass
+
+def elsewhere(advance):
+    thread = threading.Thread(target=advance)
+    thread.start()
+    thread.join()
+
+def integrate(*args, reporter, **kwargs):
+    {lines}
+    print("went on")
+
+schelix_scale.pipeline.integrate = integrate
+main()
+"""
+SWALLOWED = {
+    "before a stage": "swallow(); reporter.stage('graph').__enter__()",
+    "within a stage": "stage = reporter.stage('graph').__enter__(); swallow(); stage.advance()",
+    "while threads work": (
+        "stage = reporter.stage('graph').__enter__(); swallow(); elsewhere(stage.advance); stage.advance()"
+    ),
+}
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+@pytest.mark.parametrize("where", SWALLOWED)
+def test_an_interruption_that_other_code_swallows_is_heeded_at_the_next_progress(
+    tmp_path: Path, quiet: bool, where: str
+) -> None:
+    """Libraries have bare excepts, and Python drops what is raised in finalisers."""
+    (tmp_path / "swallowing.py").write_text(SWALLOWING.format(lines=SWALLOWED[where]))
+    command = [sys.executable, "-m", "swallowing", "integrate", "cells.h5ad", "-o", "run", *(["--quiet"] * quiet)]
+    stopped = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert stopped.returncode == 130, stopped.stderr
+    assert not stopped.stdout
+    assert "Run the same command again to continue" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+
+
+def test_a_handler_of_the_user_and_ignored_interruptions_are_left_alone() -> None:
+    """As after nohup: what is ignored stays so."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with listening():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with listening():
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                heed()
+            heed()
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        heed()  # what a command has handled is not asked again
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

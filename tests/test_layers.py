@@ -17,6 +17,7 @@ LAYERS = [
     {"_version", "errors"},
     {"config"},
     {"config_io", "config_changes"},
+    {"interruptions"},
     {"progress", "compute", "scheduling"},
     {"publish", "locking", "provenance"},
     {"arrays"},
