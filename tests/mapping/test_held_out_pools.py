@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anndata
@@ -42,6 +43,31 @@ from tests.mapping.conftest import Atlas
 )
 def test_half_of_the_batches_have_the_largest_pool(cells: list[int], sizes: tuple[int, ...]) -> None:
     assert pool_sizes(cells) == sizes
+
+
+@pytest.mark.parametrize(
+    ("cells_b", "sketched_b", "k", "at_most", "expected"),
+    [
+        ([5_000, 5_000, 300, 50], [600, 300, 300, 40], 10, 50, {0: 600, 1: 1_000, 2: 300, 3: 50}),
+        ([5_000, 5_000, 5_000], [2_000, 1_334, 400], 10, 50, {0: 1_333, 1: 1_333, 2: 400}),
+        ([100, 5], [100, 5], 10, 50, {1: 5}),
+        ([500] * 4, [0, 500, 399, 500], 10, 2, {1: 500, 3: 500}),
+    ],
+)
+def test_cells_of_the_sketch_are_held_out_where_it_has_enough(
+    cells_b: list[int], sketched_b: list[int], k: int, at_most: int, expected: dict[int, int]
+) -> None:
+    """400 of a batch, or all that it has; as many of the others as are asked for, and none beside which k are left."""
+    codes = np.repeat(np.arange(len(cells_b)), cells_b)
+    frozen: Any = SimpleNamespace(
+        batch_n=codes,
+        n_cells=len(codes),
+        sketched_b=np.array(sketched_b),
+        config=SimpleNamespace(seed=0, graph=SimpleNamespace(k=k)),
+    )
+    settings = MapConfig(calibration_cells=4_000, calibration_batches=at_most)
+    batches, counts = held_out_batches(frozen, settings)
+    assert dict(zip(batches.tolist(), counts.tolist(), strict=True)) == expected
 
 
 def test_the_nearest_size_is_so_as_a_multiple() -> None:
@@ -172,6 +198,22 @@ def test_only_sizes_that_are_not_known_are_calibrated(atlas: Atlas, monkeypatch:
     np.testing.assert_array_equal(alone[0]["schelix_novelty_p"], alone[2]["schelix_novelty_p"])
     apart = np.r_[alone[1]["schelix_novelty_p"], alone[0]["schelix_novelty_p"]]
     np.testing.assert_allclose(together, apart, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("cells", "counts"), [(36, False), (44, True)])
+def test_expression_of_new_pools_counts_from_40_cells_on(
+    atlas: Atlas, monkeypatch: pytest.MonkeyPatch, cells: int, counts: bool
+) -> None:
+    asked: list[int] = []
+    whole_pool = LeftOver.of_pool
+
+    def remember(*parts: Any) -> LeftOver:
+        asked.append(parts[1].shape[0])
+        return whole_pool(*parts)
+
+    monkeypatch.setattr(LeftOver, "of_pool", remember)
+    Reference.open(atlas.run).map(atlas.known[:cells].copy(), batch_key="batch")
+    assert (cells in asked) == bool(asked) == counts
 
 
 def test_batches_of_all_sizes_are_told_together_as_they_are_alone(
