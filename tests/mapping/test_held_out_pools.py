@@ -18,6 +18,7 @@ from schelix_scale.mapping.alike import Alike
 from schelix_scale.mapping.calibration import calibrate
 from schelix_scale.mapping.expression import pool_in_common
 from schelix_scale.mapping.held_out import _corrected, held_out_batches, hold_out
+from schelix_scale.mapping.held_out_pools import _Found, _together
 from schelix_scale.mapping.kin import Pool
 from schelix_scale.mapping.leftover import LeftOver
 from schelix_scale.mapping.pool_sizes import EXPRESSED, nearest_size, parts, pool_sizes, workers
@@ -95,6 +96,12 @@ def test_parts_are_about_as_large_as_the_size(cells: int) -> None:
     assert np.ptp(length) <= 1
     assert length.max() <= 150
     assert len(found) == 1 or length.min() >= 66
+
+
+def test_cells_of_the_sketch_are_counted_by_batch(reference: Reference) -> None:
+    frozen = reference.frozen
+    expected = [(frozen.batch_n[frozen.sketch().rows] == batch).sum() for batch in range(frozen.batch_n.max() + 1)]
+    np.testing.assert_array_equal(frozen.sketched_b, expected)
 
 
 def test_held_out_cells_are_compared_within_pools_of_each_size(
@@ -178,6 +185,17 @@ def test_pools_of_few_cells_do_not_say_what_is_usual(
         assert calibrating == {pools.size >= EXPRESSED}
         assert (pools.usually_alike.knee < np.inf) == (pools.size >= EXPRESSED)
         assert counted == ({True, False} if small < EXPRESSED <= pools.size else {pools.size >= EXPRESSED})
+
+
+def test_batches_too_small_for_expression_are_not_asked_for_it() -> None:
+    """Two of the two batches that are large enough say what is usual; a third of 30 cells does not say."""
+    rng, counts = np.random.default_rng(0), (50, 60, 30)
+    kin = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
+    found = [[_Found(part, rng.gamma(2.0, size=(len(part), 2)), rng.gamma(2.0, size=len(part)))] for part in kin[:2]]
+    known_b = np.array([True, True, False])
+    pools = _together(60, np.arange(3), [*found, [_Found(kin[2])]], known_b, sum(counts), lambda _: 1.0)
+    assert pools.usually_alike.knee < np.inf
+    np.testing.assert_array_equal(pools.expressed, np.arange(sum(counts)) < 110)
 
 
 def test_only_sizes_that_are_not_known_are_calibrated(atlas: Atlas, monkeypatch: pytest.MonkeyPatch) -> None:
