@@ -2,7 +2,8 @@
 
 A type that the reference lacks can lie scattered among others in the reference's components, so that its cells are not
 kin there: those with genes of their own that nothing else tells. They are alike in what is left over. Noise makes the
-most alike of hundreds of cells so, too; how much is measured on held-out batches.
+most alike of hundreds of cells so, too; how much is measured on held-out batches. Cells of a known type that lies
+scattered are alike as well, but also with cells of other batches, see `strange`: that is taken off.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from schelix_scale.mapping.evidence import STEPS
 from schelix_scale.mapping.kin import SHARE
 from schelix_scale.mapping.leftover import LeftOver, Told
 from schelix_scale.mapping.profiles import TINY
+from schelix_scale.mapping.strange import Strange, cut, furthest, largest, products
 
 LEAST = 28  # cells of a pool, for any to be alike
 MOST = 12  # cells that are most alike, at most: one in seven of a pool with the cell itself, if that is less
-CAP = 4.0  # standard deviations at which what is left over is cut: two cells of one rare gene are not a type
 KNEE, HIGH = 0.9, 0.99  # of held-out cells are below what counts, and below what is high
 MANY = 0.02  # of a pool above what is high, twice as many as usual: the other cells of its batch are read again
+FEWEST = 5  # of a small pool: fewer are often there by chance
 WEIGHT = 5.0  # how much it counts, beside how far a cell is
 PART = 1_024  # cells that are compared at once
 COPY = 1e-6  # cosine distance below which a cell is a copy of another
@@ -43,6 +45,9 @@ class Alike:
         How many that are most alike count.
     usual
         What cells of the batch that are probably not novel have in common with these, in the median.
+    strange, usual_elsewhere
+        Cells of other batches, and what those cells have in common with these; None and 0 while held-out ones are not
+        compared with these yet.
     """
 
     left_ph: np.ndarray
@@ -50,40 +55,52 @@ class Alike:
     product_pp: np.ndarray
     most: int
     usual: float
+    strange: Strange | None = None
+    usual_elsewhere: float = 0.0
 
     @classmethod
-    def of_pool(cls, left: LeftOver) -> tuple[Alike | None, np.ndarray]:
-        """Compare all cells of a pool with each other.
+    def of_pool(cls, left: LeftOver, strange: Strange | None = None) -> tuple[Alike | None, np.ndarray]:
+        """Compare all cells of a pool with each other, and with strange cells of other batches.
 
         Returns
         -------
         None for a pool of less than 28 cells; and what its cells have in common with those most alike, (p,), as a
-        multiple of what is usual in the batch, as far as what is left over of a cell counts: 0 if it is not known.
+        multiple of what is usual in the batch, less by how much more than usual they have in common with cells of other
+        batches, as far as what is left over of a cell counts: 0 if it is not known.
         """
         p = len(left.left_ph)
         if p < LEAST:
             return None, np.zeros(p)
-        values = np.clip(left.left_ph, -CAP, CAP).astype(np.float32)
-        product = _products(values, values)
+        values = cut(left.left_ph)
+        product = products(values, values)
         same = left.same_p[:, None] == left.same_p
         pairs = np.where(same, 0.0, product).astype(np.float32)
         found = cls(values, left.unit_pa, pairs, min(MOST, p // SHARE - 1), 1.0)
-        common = found._with_most_alike(np.where(same, -np.inf, product))
+        common = found._with_most_alike(values, np.where(same, -np.inf, product))
         usual = float(np.median(np.abs(common[left.likely_p]))) if left.likely_p.any() else 0.0
         if usual <= TINY:
             return None, np.zeros(p)
-        return replace(found, usual=usual), left.counts_p * common / usual
+        found, common = replace(found, usual=usual), common / usual
+        if strange is not None:
+            usual_elsewhere, more = strange.usual(values, left.likely_p, found.most)
+            found, common = replace(found, strange=strange, usual_elsewhere=usual_elsewhere), common - more
+        return found, left.counts_p * common
 
     def of_others(self, left_mh: np.ndarray, counts_m: np.ndarray, unit_ma: np.ndarray) -> np.ndarray:
         """Return what other cells of the batch have in common with the most alike of these, (m,), see `of_pool`."""
-        product = _products(np.clip(left_mh, -CAP, CAP).astype(np.float32), self.left_ph)
+        values = cut(left_mh)
+        product = products(values, self.left_ph)
         product[unit_ma @ self.unit_pa.T > 1 - COPY] = -np.inf
-        return np.asarray(counts_m * self._with_most_alike(product) / self.usual)
+        common = self._with_most_alike(values, product) / self.usual
+        if self.strange is not None:
+            common -= self.strange.more(values, self.most, self.usual_elsewhere)
+        return np.asarray(counts_m * common)
 
-    def _with_most_alike(self, product_mp: np.ndarray) -> np.ndarray:
+    def _with_most_alike(self, left_mh: np.ndarray, product_mp: np.ndarray) -> np.ndarray:
         """Mean over the pairs (m,) of a cell and those most alike it; -inf where the two are copies: not alike.
 
         Pairs of the latter count no more than the cell itself has in common with them: it is not one of them otherwise.
+        What the two genes add that add most is left out: a batch can be off by as many in one type.
         """
         k = self.most
         near = np.argpartition(-product_mp, k - 1, axis=1)[:, :k]
@@ -92,12 +109,12 @@ class Alike:
         own_m = np.where(np.isfinite(own), own, 0.0).sum(axis=1) / k
         pairs = self.product_pp[near[:, :, None], near[:, None, :]].sum(axis=(1, 2), dtype=np.float64)
         theirs_m = pairs / max(k * (k - 1), 1)
+        top = furthest(left_mh)
+        theirs = self.left_ph[near[:, :, None], top[:, None, :]].astype(np.float64) * np.isfinite(own)[:, :, None]
+        sum_mt = theirs.sum(axis=1)
+        own_m -= largest(np.take_along_axis(left_mh, top, axis=1) * sum_mt) / k
+        theirs_m -= largest(sum_mt**2 - (theirs**2).sum(axis=1)) / max(k * (k - 1), 1)
         return np.asarray((2 * own_m + (k - 1) * np.minimum(theirs_m, own_m)) / (k + 1))
-
-
-def _products(left_mh: np.ndarray, left_ph: np.ndarray) -> np.ndarray:
-    """Return what cells have in common, (m, p) float64: exact enough that the order of sums hardly ever decides."""
-    return np.asarray(left_mh.astype(np.float64) @ left_ph.astype(np.float64).T)
 
 
 @dataclass(frozen=True)
@@ -156,5 +173,5 @@ class UsuallyAlike:
         return np.asarray(np.rint(WEIGHT * np.log(np.maximum(both, 1.0)) * STEPS) / STEPS)
 
     def looks_again(self, alike_p: np.ndarray) -> bool:
-        """Say whether a pool has at least twice as many cells above what is high as usual."""
-        return bool((alike_p > self.high).mean() >= MANY) if len(alike_p) else False
+        """Say whether a pool has at least twice as many cells above what is high as usual, and five of them."""
+        return bool((alike_p > self.high).sum() >= max(MANY * len(alike_p), FEWEST))

@@ -168,7 +168,7 @@ def _of_pools(
         voted_cs[:, chosen],
     )
     unlabelled = KinCalibration.fit(without[:, known_s], batch_s[known_s])
-    return OfPools(pools.size, novelty, unlabelled, usual, pools.shared, pools.usually_alike, by_label)
+    return OfPools(pools.size, novelty, unlabelled, usual, pools.shared, pools.usually_alike, pools.strange, by_label)
 
 
 def _not_novel(elsewhere_s: np.ndarray, batch_s: np.ndarray, few: int) -> np.ndarray:

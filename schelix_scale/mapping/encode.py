@@ -64,7 +64,7 @@ def find_calibration(
         What was calibrated before, of some sizes.
     """
     settings = query.settings
-    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 15}
+    inputs: dict[str, Any] = {"labels": [column.key for column in labels], "version": 16}
     inputs |= {"cells": settings.calibration_cells, "batches": settings.calibration_batches}
     inputs["pools"] = list(wanted)
 
@@ -182,7 +182,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
     """Write mapped.zarr: obs with labels and novelty, and the latents."""
     frozen, settings, n = query.frozen, query.settings, query.store.n_cells
     inputs = {"labels": [column.key for column in labels], "coverage": settings.coverage, "novelty": settings.novelty}
-    inputs |= {"obs": query.store.obs_fingerprint(), "version": 15}
+    inputs |= {"obs": query.store.obs_fingerprint(), "version": 16}
 
     def make() -> tuple[list[str], dict[str, Any]]:
         raw = query.load(RAW.format("anchor"))

@@ -19,6 +19,7 @@ from schelix_scale.mapping.leftover import LeftOver
 from schelix_scale.mapping.pool_sizes import EXPRESSED, parts, workers
 from schelix_scale.mapping.profiles import NEIGHBORS, Around
 from schelix_scale.mapping.reference import Frozen
+from schelix_scale.mapping.strange import Strange
 from schelix_scale.scheduling import run_tasks
 
 LEAST_BATCHES = 3  # of which expression is known, if there are so many
@@ -42,6 +43,8 @@ class HeldOutPools:
     alike, usually_alike
         (s,) what the expression of cells has in common with that of those most alike, see `alike.Alike`, 0 where that
         is not known; and what is usual.
+    strange
+        Those that have most in common with the most alike of their pools.
     expressed
         (s,) whether the expression of the pool is known, so that it may calibrate: not of batches that a run was
         extended by, or of pools of less than 40. Where it is of too few batches expression tells nothing, and all may.
@@ -55,6 +58,7 @@ class HeldOutPools:
     shared: Shared
     alike: np.ndarray
     usually_alike: UsuallyAlike
+    strange: Strange
     expressed: np.ndarray
 
     def with_kin(self, raw_sd: np.ndarray, own: Evidence, often_s: np.ndarray) -> tuple[np.ndarray, Usual]:
@@ -178,12 +182,13 @@ def pools_of(
     largest = int(min(1.5 * sizes[0], np.unique(held.batch, return_counts=True)[1].max()))
     at_once = workers(memory_budget(frozen.config), largest, len(frozen.scaling.genes), threads)
     run_tasks(task, range(len(batches)), at_once)
+    strange = {at: _less_elsewhere([of_batch[at] for of_batch in found], batches, at_once) for at in range(len(sizes))}
 
     def spread(kin: np.ndarray) -> float:
         return spread_of(frozen.clusters.weights(held.corrected[kin]))
 
     return tuple(
-        _together(size, batches, [of_batch[at] for of_batch in found], known_b, len(held.rows), spread)
+        _together(size, batches, [of_batch[at] for of_batch in found], known_b, len(held.rows), spread, strange[at])
         for at, size in enumerate(sizes)
         if size in wanted
     )
@@ -191,11 +196,50 @@ def pools_of(
 
 @dataclass(frozen=True)
 class _Found:
-    """A pool: its cells, what is in common, and how alike each is."""
+    """A pool: its cells, what is in common, how alike each is; until all are found, what is left over of the cells."""
 
     kin: np.ndarray
     common: np.ndarray | None = None
     alike: np.ndarray | None = None
+    left: _Left | None = None
+
+
+@dataclass(frozen=True)
+class _Left:
+    """Float16 of what is left over of the cells of a pool, how far it counts, and which are probably not novel."""
+
+    left_ph: np.ndarray
+    counts_p: np.ndarray
+    likely_p: np.ndarray
+    most: int
+
+
+def _less_elsewhere(found: Sequence[list[_Found]], batches: np.ndarray, threads: int) -> Strange:
+    """Take off what cells of pools, by batch, have in common with strange cells of other batches; return all these."""
+    pools = [
+        (int(batch), of_batch, at)
+        for batch, of_batch in zip(batches, found, strict=True)
+        for at in range(len(of_batch))
+    ]
+    told = [
+        (batch, pool.left.left_ph, pool.alike)
+        for batch, of_batch, at in pools
+        if (pool := of_batch[at]).left and pool.alike is not None
+    ]
+    strange = Strange.of_batches(told)
+    elsewhere = {batch: strange.without(batch) for batch, _, _ in told}
+
+    def task(place: int) -> int:
+        batch, of_batch, at = pools[place]
+        pool = of_batch[at]
+        if pool.left is not None and pool.alike is not None:
+            left = pool.left
+            _, more = elsewhere[batch].usual(left.left_ph.astype(np.float32), left.likely_p, left.most)
+            of_batch[at] = _Found(pool.kin, pool.common, pool.alike - left.counts_p * more)
+        return 1
+
+    run_tasks(task, range(len(pools)), threads)
+    return strange
 
 
 def _expression(frozen: Frozen, sketch: Sketch, held: Cells, cells: np.ndarray, batch: int) -> _Expression:
@@ -214,7 +258,9 @@ def _common(frozen: Frozen, held: Cells, kin: np.ndarray, known: _Expression | N
     left = LeftOver.of_pool(
         frozen.profiles, known.own, known.measured, unit, likely, held.told[kin], batch, known.around
     )
-    return _Found(kin, pool_in_common(left, held.raw[kin]), Alike.of_pool(left)[1])
+    found, alike = Alike.of_pool(left)
+    kept = None if found is None else _Left(found.left_ph.astype(np.float16), left.counts_p, likely, found.most)
+    return _Found(kin, pool_in_common(left, held.raw[kin]), alike, kept)
 
 
 def _together(
@@ -224,6 +270,7 @@ def _together(
     known_b: np.ndarray,
     cells: int,
     spread: Callable[[np.ndarray], float],
+    strange: Strange,
 ) -> HeldOutPools:
     """Put together pools of all batches."""
     pools = [pool for of_batch in found for pool in of_batch]
@@ -246,5 +293,6 @@ def _together(
         Shared(usual_common(by_batch)),
         alike,
         UsuallyAlike.fit([part for part in alike_of if part.any()]),
+        strange,
         expressed,
     )

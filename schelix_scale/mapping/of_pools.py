@@ -12,6 +12,7 @@ from schelix_scale.mapping.by_label import ByLabel
 from schelix_scale.mapping.expression import Shared
 from schelix_scale.mapping.kin import SIZES, KinScores, Usual
 from schelix_scale.mapping.kin_calibration import KinCalibration
+from schelix_scale.mapping.strange import Strange
 from schelix_scale.transfer import NoveltyCalibration
 
 
@@ -29,6 +30,8 @@ class OfPools:
         What is usual in held-out batches.
     shared, usually_alike
         What is usual of the expression of kin, and of cells most alike in it.
+    strange
+        Held-out cells that are most alike others of their batch.
     by_label
         P-values of the held-out cells of ``novelty``, and what they are voted to be.
     """
@@ -39,6 +42,7 @@ class OfPools:
     usual: Usual
     shared: Shared
     usually_alike: UsuallyAlike
+    strange: Strange
     by_label: ByLabel
 
     @property
@@ -62,6 +66,7 @@ class OfPools:
         found = {"size": np.array(self.size), "usual_spread": np.array(self.usual.spread)}
         found |= {"usual_score": self.usual.score_cz, "usual_common": self.shared.usual_z}
         found["usually_alike"] = np.array([self.usually_alike.knee, self.usually_alike.high])
+        found |= {"strange": self.strange.left_sh, "strange_batch": self.strange.batch_s}
         found |= {f"by_label_{name}": part for name, part in vars(self.by_label).items()}
         for name, both in (("novelty", self.novelty), ("unlabelled", self.unlabelled)):
             for kind, parts in (("", both.sizes), ("both_", both.both)):
@@ -83,6 +88,7 @@ class OfPools:
             Usual(float(file["usual_spread"]), file["usual_score"]),
             Shared(file["usual_common"]),
             UsuallyAlike(*file["usually_alike"].tolist()),
+            Strange(file["strange"], file["strange_batch"]),
             ByLabel(**{name: file[f"by_label_{name}"] for name in ("p_s", "weight_s", "code_cs")}),
         )
 

@@ -64,7 +64,7 @@ def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration)
             unit, held = unit_rows(parts[1]), frozen.told(parts[2])
             left = LeftOver.of_pool(frozen.profiles, own_ph, measured_ph, unit, likely_known(own), held)
             common = pool_in_common(left, parts[0])
-            alike, alike_n[rows] = Alike.of_pool(left)
+            alike, alike_n[rows] = Alike.of_pool(left, told.strange)
             among = None if alike is None else Among(left.told, alike)
         if among is not None and len(rows) < size_b[code] and told.usually_alike.looks_again(alike_n[rows]):
             strange[code] = among

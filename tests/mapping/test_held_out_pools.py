@@ -23,6 +23,7 @@ from schelix_scale.mapping.kin import Pool
 from schelix_scale.mapping.leftover import LeftOver
 from schelix_scale.mapping.pool_sizes import EXPRESSED, nearest_size, parts, pool_sizes, workers
 from schelix_scale.mapping.settings import MapConfig
+from schelix_scale.mapping.strange import Strange
 from schelix_scale.records import read_json
 from tests.mapping.conftest import Atlas
 
@@ -121,6 +122,8 @@ def test_held_out_cells_are_compared_within_pools_of_each_size(
             assert (held_out.batch[kin] == batch).all()
             assert len(kin) == size_b[batch] or 2 / 3 <= len(kin) / pools.size <= 1.5
     for pools in held_out.pools[:-2]:
+        share = sum(np.ceil(len(kin) / 10) for kin in pools.kin_of)
+        assert len(pools.strange.batch_s) == share, "a tenth of the cells of each pool"
         for place in (0, len(pools.kin_of) - 1):
             kin, batch = pools.kin_of[place], pools.batch_of[place]
             rows = held_out.rows[kin]
@@ -128,7 +131,12 @@ def test_held_out_cells_are_compared_within_pools_of_each_size(
             own = frozen.scaling(sketch.x_ng[np.searchsorted(sketch.rows, rows)])
             likely, told = held_out.score[kin] <= np.median(held_out.score[kin]), frozen.told(held_out.indices[kin])
             left = LeftOver.of_pool(frozen.profiles, own, None, unit_rows(corrected), likely, told, batch)
-            np.testing.assert_allclose(pools.alike[kin], Alike.of_pool(left)[1], rtol=1e-4, atol=1e-5)
+            among, alone = Alike.of_pool(left)
+            assert among is not None
+            half = among.left_ph.astype(np.float16).astype(np.float32)
+            _, more = pools.strange.without(batch).usual(half, likely, among.most)
+            assert (left.counts_p * more > 0.01).any()
+            np.testing.assert_allclose(pools.alike[kin], alone - left.counts_p * more, rtol=1e-4, atol=1e-4)
             common = pool_in_common(left, held_out.raw[kin])
             np.testing.assert_allclose(pools.common_of[place], common, rtol=1e-3, atol=1e-3)
     assert sum(size >= EXPRESSED for size in sizes) == len(sizes) - 2 >= 2
@@ -136,6 +144,7 @@ def test_held_out_cells_are_compared_within_pools_of_each_size(
         assert not few.alike.any()
         assert all(common.shape[1] == 0 for common in few.common_of)
         assert few.usually_alike.knee == np.inf
+        assert not len(few.strange.batch_s)
         assert few.expressed.all()
     asked: list[int] = []
     whole_pool = LeftOver.of_pool
@@ -193,7 +202,9 @@ def test_batches_too_small_for_expression_are_not_asked_for_it() -> None:
     kin = np.split(np.arange(sum(counts)), np.cumsum(counts)[:-1])
     found = [[_Found(part, rng.gamma(2.0, size=(len(part), 2)), rng.gamma(2.0, size=len(part)))] for part in kin[:2]]
     known_b = np.array([True, True, False])
-    pools = _together(60, np.arange(3), [*found, [_Found(kin[2])]], known_b, sum(counts), lambda _: 1.0)
+    pools = _together(
+        60, np.arange(3), [*found, [_Found(kin[2])]], known_b, sum(counts), lambda _: 1.0, Strange.of_batches([])
+    )
     assert pools.usually_alike.knee < np.inf
     np.testing.assert_array_equal(pools.expressed, np.arange(sum(counts)) < 110)
 

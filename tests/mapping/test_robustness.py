@@ -29,6 +29,7 @@ from schelix_scale.mapping.of_pools import OfPools
 from schelix_scale.mapping.query import content_order
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
+from schelix_scale.mapping.strange import Strange
 from schelix_scale.progress import QuietReporter
 from schelix_scale.transfer import (
     LabelCalibration,
@@ -202,9 +203,10 @@ def test_a_calibration_is_kept_as_it_is(tmp_path: Path) -> None:
     usual, shared = Usual(7.5, np.arange(12.0).reshape(2, 6)), Shared(np.arange(4.0))
     by_label = ByLabel(np.arange(4.0), np.full(4, 0.25), np.arange(4)[None])
     alike = UsuallyAlike(1.5, np.inf)
+    strange = Strange(np.ones((3, 5), np.float32), np.array([0, 0, 1]))
     whitening = np.arange(9.0).reshape(3, 3)
-    of_pools = OfPools(61, novelty, unlabelled, usual, shared, alike, by_label)
-    other_pools = OfPools(19, unlabelled, novelty, usual, shared, alike, by_label)
+    of_pools = OfPools(61, novelty, unlabelled, usual, shared, alike, strange, by_label)
+    other_pools = OfPools(19, unlabelled, novelty, usual, shared, alike, strange, by_label)
     Calibration((label,), whitening, (123, 61, 30, 19), {61: of_pools, 19: other_pools}).save(tmp_path / "c.npz")
     whole = Calibration.load(tmp_path / "c.npz")
     assert whole.sizes == (123, 61, 30, 19)
@@ -221,6 +223,8 @@ def test_a_calibration_is_kept_as_it_is(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.usual.score_cz, usual.score_cz)
     np.testing.assert_array_equal(whole.labels[0].usual_ll, label.usual_ll)
     assert again.usually_alike == alike
+    np.testing.assert_array_equal(again.strange.left_sh, strange.left_sh)
+    np.testing.assert_array_equal(again.strange.batch_s, strange.batch_s)
     for name in ("p_s", "weight_s", "code_cs"):
         np.testing.assert_array_equal(getattr(again.by_label, name), getattr(by_label, name))
     np.testing.assert_array_equal(again.shared.usual_z, shared.usual_z)
