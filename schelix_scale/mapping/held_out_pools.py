@@ -216,29 +216,25 @@ class _Left:
 
 def _less_elsewhere(found: Sequence[list[_Found]], batches: np.ndarray, threads: int) -> Strange:
     """Take off what cells of pools, by batch, have in common with strange cells of other batches; return all these."""
-    pools = [
-        (int(batch), of_batch, at)
-        for batch, of_batch in zip(batches, found, strict=True)
-        for at in range(len(of_batch))
-    ]
-    told = [
-        (batch, pool.left.left_ph, pool.alike)
-        for batch, of_batch, at in pools
-        if (pool := of_batch[at]).left and pool.alike is not None
-    ]
-    strange = Strange.of_batches(told)
-    elsewhere = {batch: strange.without(batch) for batch, _, _ in told}
+    strange = Strange.of_batches(
+        [
+            (int(batch), pool.left.left_ph, pool.alike)
+            for batch, of_batch in zip(batches, found, strict=True)
+            for pool in of_batch
+            if pool.left is not None and pool.alike is not None
+        ]
+    )
 
     def task(place: int) -> int:
-        batch, of_batch, at = pools[place]
-        pool = of_batch[at]
-        if pool.left is not None and pool.alike is not None:
-            left = pool.left
-            _, more = elsewhere[batch].usual(left.left_ph.astype(np.float32), left.likely_p, left.most)
-            of_batch[at] = _Found(pool.kin, pool.common, pool.alike - left.counts_p * more)
-        return 1
+        others, of_batch = strange.without(int(batches[place])), found[place]
+        for at, pool in enumerate(of_batch):
+            if pool.left is not None and pool.alike is not None:
+                left = pool.left
+                _, more = others.usual(left.left_ph.astype(np.float32), left.likely_p, left.most)
+                of_batch[at] = _Found(pool.kin, pool.common, pool.alike - left.counts_p * more)
+        return len(of_batch)
 
-    run_tasks(task, range(len(pools)), threads)
+    run_tasks(task, range(len(batches)), threads)
     return strange
 
 
