@@ -245,6 +245,32 @@ def test_expression_of_new_pools_counts_from_40_cells_on(
     assert (cells in asked) == bool(asked) == counts
 
 
+def test_new_pools_are_compared_with_strange_cells_of_all_batches(
+    reference: Reference, atlas: Atlas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is found of them is less than by their own batch alone, as far as the reference's held-out cells tell."""
+    seen: list[tuple[LeftOver, np.ndarray]] = []
+    finders = Alike.of_pool
+
+    def remember(left: LeftOver, *strange: Any) -> Any:
+        found = finders(left, *strange)
+        if left.told.batch is None:
+            seen.append((left, found[1]))
+        return found
+
+    monkeypatch.setattr(Alike, "of_pool", remember)
+    Reference.open(atlas.run).map(atlas.query.copy(), batch_key="batch")
+    ((left, found),) = seen
+    (pools,) = hold_out(
+        reference.frozen, MapConfig(), wanted=held_out.sizes_of_pools(reference.frozen, MapConfig())[:1]
+    ).pools
+    among, alone = finders(left)
+    assert among is not None
+    _, more = pools.strange.usual(among.left_ph, left.likely_p, among.most)
+    assert (left.counts_p * more > 0.1).any()
+    np.testing.assert_allclose(found, alone - left.counts_p * more, rtol=1e-4, atol=1e-4)
+
+
 def test_batches_of_all_sizes_are_told_together_as_they_are_alone(
     reference: Reference, atlas: Atlas, tmp_path: Path
 ) -> None:
