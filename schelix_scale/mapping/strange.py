@@ -14,7 +14,7 @@ import numpy as np
 
 from schelix_scale.mapping.profiles import TINY
 
-CAP = 10.0  # standard deviations at which what is left over is cut: a few cells of one rare gene are no type
+CAP = 8.0  # standard deviations at which what is left over is cut: a few cells of one rare gene are no type
 FURTHEST, SINGLE = 8, 2  # of the genes in which a cell is furthest off, those that add most do not count
 SHARE = 0.1  # of the cells of a batch are strange
 
@@ -26,7 +26,7 @@ class Strange:
     Attributes
     ----------
     left_sh
-        (s, h) float32 what is left over of them, cut at ten standard deviations.
+        (s, h) float32 what is left over of them, cut at eight standard deviations.
     batch_s
         (s,) their batches.
     """

@@ -35,10 +35,10 @@ def by_loops(left: LeftOver, most: int, others: LeftOver | None = None) -> np.nd
     Without the two that add most of the eight genes in which the cell is furthest off.
     """
     of = left if others is None else others
-    values = np.clip(left.left_ph, -10, 10)
+    values = np.clip(left.left_ph, -8, 8)
     out = []
     for cell in range(len(of.left_ph)):
-        mine, count = np.clip(of.left_ph[cell], -10, 10), of.counts_p[cell]
+        mine, count = np.clip(of.left_ph[cell], -8, 8), of.counts_p[cell]
         product = np.array([mine @ value for value in values])
         if others is None:
             product[cell] = -np.inf
@@ -56,7 +56,7 @@ def test_against_loops(cells: int, most: int) -> None:
     rng = RNG(1)
     own = 5 + rng.normal(size=(cells, GENES))
     own[:6, :10] += 4.0
-    own[3, 5] += 90.0  # cut at ten standard deviations
+    own[3, 5] += 90.0  # cut at eight standard deviations
     likely = np.arange(cells) >= 6
     left = pool(own, likely=likely)
     among, found = Alike.of_pool(left)
