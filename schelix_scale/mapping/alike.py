@@ -24,7 +24,7 @@ from schelix_scale.mapping.strange import Strange, cut, furthest, largest, produ
 LEAST = 28  # cells of a pool, for any to be alike
 MOST = 12  # cells that are most alike, at most: one in seven of a pool with the cell itself, if that is less
 KNEE, HIGH = 0.9, 0.99  # of held-out cells are below what counts, and below what is high
-MANY = 0.02  # of a pool above what is high, twice as many as usual: the other cells of its batch are read again
+MANY = 0.03  # of a pool above what is high, three times as many as usual: the other cells of its batch are read again
 FEWEST = 5  # of a small pool: fewer are often there by chance
 WEIGHT = 5.0  # how much it counts, beside how far a cell is
 PART = 1_024  # cells that are compared at once
@@ -45,9 +45,9 @@ class Alike:
         How many that are most alike count.
     usual
         What cells of the batch that are probably not novel have in common with these, in the median.
-    strange, usual_elsewhere
-        Cells of other batches, and what those cells have in common with these; None and 0 while held-out ones are not
-        compared with these yet.
+    strange, usual_elsewhere, knee
+        Cells of other batches, what those cells have in common with these, and above which value cells are compared
+        with these; None and 0 while held-out ones are not yet.
     """
 
     left_ph: np.ndarray
@@ -57,10 +57,13 @@ class Alike:
     usual: float
     strange: Strange | None = None
     usual_elsewhere: float = 0.0
+    knee: float = 0.0
 
     @classmethod
-    def of_pool(cls, left: LeftOver, strange: Strange | None = None) -> tuple[Alike | None, np.ndarray]:
-        """Compare all cells of a pool with each other, and with strange cells of other batches.
+    def of_pool(
+        cls, left: LeftOver, strange: Strange | None = None, knee: float = 0.0
+    ) -> tuple[Alike | None, np.ndarray]:
+        """Compare all cells of a pool with each other, and those above a knee with strange cells of other batches.
 
         Returns
         -------
@@ -80,21 +83,26 @@ class Alike:
         usual = float(np.median(np.abs(common[left.likely_p]))) if left.likely_p.any() else 0.0
         if usual <= TINY:
             return None, np.zeros(p)
-        found, common = replace(found, usual=usual), common / usual
+        found = replace(found, usual=usual)
         if strange is not None:
-            usual_elsewhere, more = strange.usual(values, left.likely_p, found.most)
-            found, common = replace(found, strange=strange, usual_elsewhere=usual_elsewhere), common - more
-        return found, left.counts_p * common
+            elsewhere = strange.usual(values, left.likely_p, found.most)
+            found = replace(found, strange=strange, usual_elsewhere=elsewhere, knee=knee)
+        return found, found._less_elsewhere(values, common / usual, left.counts_p)
 
     def of_others(self, left_mh: np.ndarray, counts_m: np.ndarray, unit_ma: np.ndarray) -> np.ndarray:
         """Return what other cells of the batch have in common with the most alike of these, (m,), see `of_pool`."""
         values = cut(left_mh)
         product = products(values, self.left_ph)
         product[unit_ma @ self.unit_pa.T > 1 - COPY] = -np.inf
-        common = self._with_most_alike(values, product) / self.usual
-        if self.strange is not None:
-            common -= self.strange.more(values, self.most, self.usual_elsewhere)
-        return np.asarray(counts_m * common)
+        return self._less_elsewhere(values, self._with_most_alike(values, product) / self.usual, counts_m)
+
+    def _less_elsewhere(self, left_mh: np.ndarray, common_m: np.ndarray, counts_m: np.ndarray) -> np.ndarray:
+        """Take off what cells above the knee have in common with strange ones: what others have adds nothing."""
+        found = counts_m * common_m
+        high = np.flatnonzero(found > self.knee)
+        if self.strange is not None and len(high):
+            found[high] -= counts_m[high] * self.strange.more(left_mh[high], self.most, self.usual_elsewhere)
+        return np.asarray(found)
 
     def _with_most_alike(self, left_mh: np.ndarray, product_mp: np.ndarray) -> np.ndarray:
         """Mean over the pairs (m,) of a cell and those most alike it; -inf where the two are copies: not alike.
@@ -173,5 +181,5 @@ class UsuallyAlike:
         return np.asarray(np.rint(WEIGHT * np.log(np.maximum(both, 1.0)) * STEPS) / STEPS)
 
     def looks_again(self, alike_p: np.ndarray) -> bool:
-        """Say whether a pool has at least twice as many cells above what is high as usual, and five of them."""
+        """Say whether a pool has at least three times as many cells above what is high as usual, and five."""
         return bool((alike_p > self.high).sum() >= max(MANY * len(alike_p), FEWEST))

@@ -230,7 +230,8 @@ def _less_elsewhere(found: Sequence[list[_Found]], batches: np.ndarray, threads:
         for at, pool in enumerate(of_batch):
             if pool.left is not None and pool.alike is not None:
                 left = pool.left
-                _, more = others.usual(left.left_ph.astype(np.float32), left.likely_p, left.most)
+                values = left.left_ph.astype(np.float32)
+                more = others.more(values, left.most, others.usual(values, left.likely_p, left.most))
                 of_batch[at] = _Found(pool.kin, pool.common, pool.alike - left.counts_p * more)
         return len(of_batch)
 

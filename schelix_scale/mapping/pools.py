@@ -3,7 +3,7 @@
 Where a pool has many cells that are as alike in their expression as those of a known type hardly ever are, the other
 cells of the batch are read a second time, and compared with them. Elsewhere a cell that is in no pool has what the
 cells of the pool that are most like it have (`kin.Pool.alike`): no more than these, where held-out cells have their
-own. Of a type that is less than 2 % of its batch those cells may be found alone that are in the pool.
+own. Of a type that is less than 3 % of its batch those cells may be found alone that are in the pool.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration)
             unit, held = unit_rows(parts[1]), frozen.told(parts[2])
             left = LeftOver.of_pool(frozen.profiles, own_ph, measured_ph, unit, likely_known(own), held)
             common = pool_in_common(left, parts[0])
-            alike, alike_n[rows] = Alike.of_pool(left, told.strange)
+            alike, alike_n[rows] = Alike.of_pool(left, told.strange, told.usually_alike.knee)
             among = None if alike is None else Among(left.told, alike)
         if among is not None and len(rows) < size_b[code] and told.usually_alike.looks_again(alike_n[rows]):
             strange[code] = among

@@ -17,6 +17,7 @@ from schelix_scale.mapping.profiles import TINY
 CAP = 8.0  # standard deviations at which what is left over is cut: a few cells of one rare gene are no type
 FURTHEST, SINGLE = 8, 2  # of the genes in which a cell is furthest off, those that add most do not count
 SHARE = 0.1  # of the cells of a batch are strange
+ASKED = 200  # cells of a batch that say what is usual, at most
 
 
 @dataclass(frozen=True)
@@ -53,22 +54,24 @@ class Strange:
         k = min(most, len(self.left_sh))
         if not k:
             return np.zeros(len(left_mh))
-        product = products(left_mh, self.left_sh)
+        product = left_mh @ self.left_sh.T  # of two that are as alike it does not matter which one is taken
         near = np.sort(np.argpartition(-product, k - 1, axis=1)[:, :k], axis=1)
         top = furthest(left_mh)
         sum_mt = self.left_sh[near[:, :, None], top[:, None, :]].sum(axis=1, dtype=np.float64)
-        own_m = np.take_along_axis(product, near, axis=1).sum(axis=1)
+        own_m = np.take_along_axis(product, near, axis=1).sum(axis=1, dtype=np.float64)
         return np.asarray((own_m - largest(np.take_along_axis(left_mh, top, axis=1) * sum_mt)) / k)
 
-    def usual(self, left_ph: np.ndarray, likely_p: np.ndarray, most: int) -> tuple[float, np.ndarray]:
-        """Return what it usually is of the cells of a batch that are probably not novel, and `more` of all."""
-        alike_p = self.alike(left_ph, most)
-        usual = float(np.median(np.abs(alike_p[likely_p]))) if likely_p.any() else 0.0
-        return usual, _more(alike_p, usual)
+    def usual(self, left_ph: np.ndarray, likely_p: np.ndarray, most: int) -> float:
+        """Return what it is of the cells of a batch that are probably not novel, in the median of 200 of these."""
+        likely = np.flatnonzero(likely_p)
+        chosen = likely[np.linspace(0, len(likely) - 1, min(ASKED, len(likely))).astype(int)]
+        return float(np.median(np.abs(self.alike(left_ph[chosen], most)))) if len(chosen) else 0.0
 
     def more(self, left_mh: np.ndarray, most: int, usual: float) -> np.ndarray:
-        """Return how much more it is of other cells of the batch than usual, as a multiple, (m,): at least 0."""
-        return _more(self.alike(left_mh, most), usual) if usual > TINY else np.zeros(len(left_mh))
+        """Return how much more it is of cells of the batch than usual, as a multiple of that, (m,): at least 0."""
+        if usual <= TINY:
+            return np.zeros(len(left_mh))
+        return np.asarray(np.maximum(self.alike(left_mh, most) / usual - 1.0, 0.0))
 
 
 def cut(left_mh: np.ndarray) -> np.ndarray:
@@ -90,7 +93,3 @@ def furthest(left_mh: np.ndarray) -> np.ndarray:
 def largest(adds_mt: np.ndarray) -> np.ndarray:
     """Sum of the two largest, (m,), of those above 0."""
     return np.asarray(np.maximum(np.sort(adds_mt, axis=1)[:, -SINGLE:], 0.0).sum(axis=1))
-
-
-def _more(alike_m: np.ndarray, usual: float) -> np.ndarray:
-    return np.maximum(alike_m / usual - 1.0, 0.0) if usual > TINY else np.zeros(len(alike_m))

@@ -128,8 +128,8 @@ def test_what_is_usual_is_the_median_over_batches() -> None:
         assert (UsuallyAlike.fit(nothing).adds(np.array([0.0, 99.0]), np.ones(2)) == 0).all()
 
 
-@pytest.mark.parametrize(("high", "again"), [(19, False), (20, True)])
-def test_a_batch_is_looked_at_again_where_twice_as_many_are_high(high: int, again: bool) -> None:
+@pytest.mark.parametrize(("high", "again"), [(29, False), (30, True)])
+def test_a_batch_is_looked_at_again_where_three_times_as_many_are_high(high: int, again: bool) -> None:
     usually = UsuallyAlike(1.5, 2.0)
     assert usually.looks_again(np.where(np.arange(1000) < high, 2.1, 2.0)) == again
     assert not usually.looks_again(np.zeros(0))

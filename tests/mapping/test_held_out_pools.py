@@ -134,7 +134,8 @@ def test_held_out_cells_are_compared_within_pools_of_each_size(
             among, alone = Alike.of_pool(left)
             assert among is not None
             half = among.left_ph.astype(np.float16).astype(np.float32)
-            _, more = pools.strange.without(batch).usual(half, likely, among.most)
+            others = pools.strange.without(batch)
+            more = others.more(half, among.most, others.usual(half, likely, among.most))
             assert (left.counts_p * more > 0.01).any()
             np.testing.assert_allclose(pools.alike[kin], alone - left.counts_p * more, rtol=1e-4, atol=1e-4)
             common = pool_in_common(left, held_out.raw[kin])
@@ -266,9 +267,10 @@ def test_new_pools_are_compared_with_strange_cells_of_all_batches(
     ).pools
     among, alone = finders(left)
     assert among is not None
-    _, more = pools.strange.usual(among.left_ph, left.likely_p, among.most)
-    assert (left.counts_p * more > 0.1).any()
-    np.testing.assert_allclose(found, alone - left.counts_p * more, rtol=1e-4, atol=1e-4)
+    usual = pools.strange.usual(among.left_ph, left.likely_p, among.most)
+    less = left.counts_p * pools.strange.more(among.left_ph, among.most, usual) * (alone > pools.usually_alike.knee)
+    assert (less > 0.1).any()
+    np.testing.assert_allclose(found, alone - less, rtol=1e-4, atol=1e-4)
 
 
 def test_batches_of_all_sizes_are_told_together_as_they_are_alone(
