@@ -28,6 +28,19 @@ from schelix_scale.records import read_json
 from tests.mapping.conftest import Atlas
 
 
+def cells_of_pools(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list of how many cells each pool has of which expression is read from now on."""
+    asked: list[int] = []
+    whole_pool = LeftOver.of_pool
+
+    def remember(*parts: Any) -> LeftOver:
+        asked.append(parts[1].shape[0])
+        return whole_pool(*parts)
+
+    monkeypatch.setattr(LeftOver, "of_pool", remember)
+    return asked
+
+
 @pytest.mark.parametrize(
     ("cells", "sizes"),
     [
@@ -147,14 +160,7 @@ def test_held_out_cells_are_compared_within_pools_of_each_size(
         assert few.usually_alike.knee == np.inf
         assert not len(few.strange.batch_s)
         assert few.expressed.all()
-    asked: list[int] = []
-    whole_pool = LeftOver.of_pool
-
-    def remember(*parts: Any) -> LeftOver:
-        asked.append(parts[1].shape[0])
-        return whole_pool(*parts)
-
-    monkeypatch.setattr(LeftOver, "of_pool", remember)
+    asked = cells_of_pools(monkeypatch)
     (only,) = hold_out(frozen, MapConfig(), wanted=sizes[1:2]).pools
     assert only.size == sizes[1]
     assert sorted(asked) == sorted(map(len, only.kin_of)), "nothing is computed for sizes that are not wanted"
@@ -234,14 +240,7 @@ def test_only_sizes_that_are_not_known_are_calibrated(atlas: Atlas, monkeypatch:
 def test_expression_of_new_pools_counts_from_40_cells_on(
     atlas: Atlas, monkeypatch: pytest.MonkeyPatch, cells: int, counts: bool
 ) -> None:
-    asked: list[int] = []
-    whole_pool = LeftOver.of_pool
-
-    def remember(*parts: Any) -> LeftOver:
-        asked.append(parts[1].shape[0])
-        return whole_pool(*parts)
-
-    monkeypatch.setattr(LeftOver, "of_pool", remember)
+    asked = cells_of_pools(monkeypatch)
     Reference.open(atlas.run).map(atlas.known[:cells].copy(), batch_key="batch")
     assert (cells in asked) == bool(asked) == counts
 
