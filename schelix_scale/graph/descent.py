@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from schelix_scale.graph.found import FoundFiles
-from schelix_scale.graph.lists import CellIndex
+from schelix_scale.graph.lists import CellIndex, NearLists
 from schelix_scale.graph.nearest import BLOCK_CANDIDATES, distinct, nearest_among
 from schelix_scale.graph.vectors import row_blocks, taken
 
@@ -55,7 +55,7 @@ class Probe:
         """Do the task with an index that is open."""
         files = self.files
         neighbours, scores, fresh = files.neighbours(0, "r+"), files.scores(0, "r+"), files.fresh(0, "r+")
-        near = NearLists(index, span, self.probes)
+        near = NearLists(index.lists, self.probes)
         for chosen, start, stop in groups(index, span):
             candidates = index.in_lists(chosen, near.of(chosen), files.k)
             columns, values = nearest_among(index.vectors_nd[start:stop], index.vectors_nd, candidates, files.k, start)
@@ -106,7 +106,7 @@ class Expand:
         least = 0.0 if self.everything or self.number == 1 else LEAST_FRESH / 2 ** (self.number - 2)
         after, now_fresh = files.neighbours(self.number, "r+"), files.fresh(self.number, "r+")
         scores, now_scores = files.scores(last), files.scores(self.number, "r+")
-        near, compared_n = NearLists(index, span, self.probes) if self.probes else None, np.zeros(index.n_cells, bool)
+        near, compared_n = NearLists(index.lists, self.probes) if self.probes else None, np.zeros(index.n_cells, bool)
         for chosen, start, stop in groups(index, span):
             mine, mine_fresh, known = (np.asarray(array[start:stop]) for array in (before, fresh, scores))
             if not self.everything and (mine_fresh.mean() < least or not mine_fresh.any()):
@@ -137,33 +137,6 @@ class Expand:
         theirs = taken(before, old)[taken(fresh, old)]
         around = np.concatenate([taken(before, distinct(first[new])).ravel(), theirs])
         return distinct(around[~taken(compared_n, around)])  # most were: to look that up is quicker than to sort them
-
-
-class NearLists:
-    """The lists near each list of a span of positions, computed for a group of lists at once: most of it is overhead.
-
-    Parameters
-    ----------
-    index
-        Cells in lists.
-    span
-        Positions; what is asked for must be the lists of them, in their order.
-    probes
-        How many lists near each one.
-    """
-
-    def __init__(self, index: CellIndex, span: tuple[int, int], probes: int) -> None:
-        self._lists, self._probes = index.lists, probes
-        self._end = int(np.searchsorted(index.starts, span[1], side="left"))
-        self._first, self._near = 0, np.empty((0, probes), np.int64)
-
-    def of(self, chosen: int) -> np.ndarray:
-        """Return the lists nearest to one, itself first."""
-        if not 0 <= chosen - self._first < len(self._near):
-            groups = self._lists.groups
-            stop = int(groups[np.searchsorted(groups, chosen, side="right")])
-            self._first, self._near = chosen, self._lists.near_each(chosen, min(stop, self._end), self._probes)
-        return np.asarray(self._near[chosen - self._first])
 
 
 def better(

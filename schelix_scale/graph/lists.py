@@ -110,6 +110,32 @@ class Lists:
         return near
 
 
+class NearLists:
+    """The lists near each list, computed for a group of lists at once: most of it is overhead.
+
+    They are the same whichever lists are asked for, and are quickest asked for in order. Not safe from several threads.
+
+    Parameters
+    ----------
+    lists
+        All lists.
+    probes
+        How many near each one.
+    """
+
+    def __init__(self, lists: Lists, probes: int) -> None:
+        self._lists, self._probes = lists, probes
+        self._first, self._near = 0, np.empty((0, probes), np.int64)
+
+    def of(self, chosen: int) -> np.ndarray:
+        """Return the lists nearest to one, itself first."""
+        if not 0 <= chosen - self._first < len(self._near):
+            group = int(np.searchsorted(self._lists.groups, chosen, side="right"))
+            self._first, stop = self._lists.groups[group - 1 : group + 1].tolist()
+            self._near = self._lists.near_each(self._first, stop, self._probes)
+        return np.asarray(self._near[chosen - self._first])
+
+
 def fit_lists(features_nd: np.ndarray, seed: int, workers: int, list_cells: int = LIST_CELLS) -> Lists:
     """Cluster a sample of the rows of (n, d) features, by direction, into about n / ``list_cells`` lists."""
     from sklearn.cluster import KMeans
@@ -192,10 +218,6 @@ class CellIndex:
         sizes = self.starts[lists + 1] - begin
         before = np.cumsum(sizes) - sizes
         return np.asarray(np.repeat(begin - before, sizes) + np.arange(sizes.sum()))
-
-    def around(self, chosen: int, probes: int, k: int) -> np.ndarray:
-        """Return positions of the cells of the ``probes`` lists nearest to one, or of more lists if k need that."""
-        return self.in_lists(chosen, self.lists.near(chosen, probes), k)
 
     def in_lists(self, chosen: int, near: np.ndarray, k: int) -> np.ndarray:
         """Return positions of the cells of ``near``, the lists nearest to one, or of more lists if k need that."""

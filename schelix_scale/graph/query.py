@@ -15,7 +15,7 @@ import numpy as np
 from schelix_scale.arrays import map_array
 from schelix_scale.errors import GraphError
 from schelix_scale.graph.descent import GROUP_CELLS
-from schelix_scale.graph.lists import CellIndex
+from schelix_scale.graph.lists import CellIndex, NearLists
 from schelix_scale.graph.nearest import Hits, distinct, nearest_among, nearest_in_blocks
 from schelix_scale.graph.scratch import INDEX
 from schelix_scale.graph.threads import one_thread_each
@@ -116,9 +116,11 @@ class QueryIndex:
             return span[1] - span[0]
 
         def in_lists(groups: Sequence[tuple[int, np.ndarray]]) -> int:
-            seen_n = np.zeros(n, bool)
+            assert self.index is not None
+            seen_n, near = np.zeros(n, bool), NearLists(self.index.lists, probes)
             for chosen, queries in groups:
-                rows[queries] = self._search(chosen, unit[queries], k, probes, seen_n)
+                candidates = self.index.in_lists(chosen, near.of(chosen), k)
+                rows[queries] = self._search(candidates, unit[queries], k, seen_n)
             return len(groups)
 
         with one_thread_each():
@@ -147,15 +149,14 @@ class QueryIndex:
             for start, stop in row_blocks(len(rows), GROUP_CELLS)
         ]
 
-    def _search(self, chosen: int, unit_qd: np.ndarray, k: int, probes: int, seen_n: np.ndarray) -> np.ndarray:
-        """Search the lists near one, then the neighbours in the graph of what was found.
+    def _search(self, candidates: np.ndarray, unit_qd: np.ndarray, k: int, seen_n: np.ndarray) -> np.ndarray:
+        """Search candidates, those of the lists near one, then the neighbours in the graph of what was found.
 
         ``seen_n`` (n,) is False everywhere, before and after: it tells which positions were searched in the lists, most
         of those neighbours among them, which are not scored again.
         """
         index = self.index
         assert index is not None
-        candidates = index.around(chosen, probes, k)
         columns, _ = nearest_among(unit_qd, index.vectors_nd, candidates, k)
         found = candidates[columns]
         around = self.position_n[taken(self.indices_nk, index.cells[found[:, :EXPAND]])].reshape(len(found), -1)

@@ -119,6 +119,44 @@ def mix(indices_mk: np.ndarray, weights_mk: np.ndarray, rows: Callable[[np.ndarr
     return np.asarray(matrix @ rows(needed))
 
 
+class Widths:
+    """Kernel widths of the reference's cells.
+
+    Parameters
+    ----------
+    features_nd
+        (n, d) corrected features.
+    operator
+        The operator that lists their neighbours, nearest first.
+    kernel_neighbor
+        See `kernel_widths`.
+    """
+
+    def __init__(self, features_nd: np.ndarray, operator: Operator, kernel_neighbor: int) -> None:
+        self._parts = features_nd, operator, kernel_neighbor
+        self._all: np.ndarray | None = None
+
+    def materialize(self, threads: int = 1) -> None:
+        """Compute those of all cells: for queries that would touch most of them, and more than once."""
+        if self._all is not None:
+            return
+        found = np.empty(len(self._parts[0]), np.float32)
+
+        def fill(span: tuple[int, int]) -> int:
+            found[slice(*span)] = kernel_widths(*self._parts, np.arange(*span))
+            return span[1] - span[0]
+
+        run_tasks(fill, list(row_blocks(len(found))), threads)
+        self._all = found
+
+    def __call__(self, indices_mk: np.ndarray, chosen_n: np.ndarray | None = None) -> np.ndarray:
+        """Return those of cells, in the shape of their row numbers; ``chosen_n`` as in `kernel_widths`."""
+        if chosen_n is None and self._all is not None:
+            return self._all.take(indices_mk)
+        needed, place = np.unique(indices_mk, return_inverse=True)
+        return np.asarray(kernel_widths(*self._parts, needed, chosen_n)[place].reshape(indices_mk.shape))
+
+
 def kernel_widths(
     features_nd: np.ndarray,
     operator: Operator,

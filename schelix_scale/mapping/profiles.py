@@ -12,13 +12,12 @@ from scipy import sparse
 from schelix_scale.features.projection import Projection, clip_genes
 from schelix_scale.features.streams import Streams
 from schelix_scale.genes.sketch import Sketch
-from schelix_scale.graph.nearest import nearest_in_blocks
-from schelix_scale.graph.vectors import row_blocks, unit_rows
+from schelix_scale.graph.nearest import nearest_among
+from schelix_scale.graph.vectors import unit_rows
 
 CELLS = 20_000  # of the reference whose expression is held
 NEIGHBORS = 30
 WEIGHED, LEAST = 1_000, 0.1  # cells that weights are measured on; of the mean variance, to which each gene's is raised
-BLOCK = 4_096
 TINY = 1e-9
 
 
@@ -138,8 +137,7 @@ class Profiles:
         """
         there = np.arange(len(self.batch_p)) if batch is None else np.flatnonzero(self.batch_p != batch)
         k = min(NEIGHBORS, len(there))
-        blocks = ((start, self.unit_pa[there[start:stop]]) for start, stop in row_blocks(len(there), BLOCK))
-        near = there[nearest_in_blocks(unit_ma, blocks, k)[0]]
+        near = there[nearest_among(unit_ma, self.unit_pa, there, k)[0]]
         pick = sparse.csr_matrix(
             (np.ones(near.size, np.float32), near.ravel(), np.arange(0, near.size + 1, k)),
             shape=(len(near), len(self.batch_p)),

@@ -19,7 +19,7 @@ from schelix_scale.genes.sketch import Sketch
 from schelix_scale.graph.operator import Operator
 from schelix_scale.graph.query import QueryIndex
 from schelix_scale.mapping.correction import Clusters, uncorrected
-from schelix_scale.mapping.diffusion import Levels, kernel_widths
+from schelix_scale.mapping.diffusion import Levels, Widths
 from schelix_scale.mapping.novelty import NoveltyScore
 from schelix_scale.mapping.profiles import Profiles, Scaling
 from schelix_scale.run_directory import RunDirectory
@@ -217,9 +217,10 @@ class Frozen:
         return anchor, variant
 
     def materialize(self, threads: int) -> None:
-        """Have all hops of all reference cells at hand, with which queries that touch most of them are faster."""
+        """Have hops and widths of all reference cells at hand, with which queries that touch most are faster."""
         for levels in self.diffused:
             levels.materialize(threads)
+        self._widths.materialize(threads)
 
     def _operator(self, name: str) -> Operator:
         folder = self.directory.path / "graph" / name
@@ -227,11 +228,11 @@ class Frozen:
 
     def widths(self, indices_mk: np.ndarray, without: int | None = None) -> np.ndarray:
         """Kernel widths of reference cells, in the shape of their row numbers; among cells of all batches but one."""
-        needed, place = np.unique(indices_mk, return_inverse=True)
-        number = graph_settings(self.config).kernel_neighbor
-        other_n = None if without is None else self.batch_n != without
-        widths = kernel_widths(self.anchor_na, self.neighbor_operator, number, needed, other_n)
-        return np.asarray(widths[place].reshape(indices_mk.shape))
+        return self._widths(indices_mk, None if without is None else self.batch_n != without)
+
+    @cached_property
+    def _widths(self) -> Widths:
+        return Widths(self.anchor_na, self.neighbor_operator, graph_settings(self.config).kernel_neighbor)
 
     @cached_property
     def model(self) -> DualStream:

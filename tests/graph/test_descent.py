@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from schelix_scale.graph import descent
-from schelix_scale.graph.descent import Expand, NearLists, Probe, better, groups, merged
+from schelix_scale.graph.descent import Expand, Probe, better, groups, merged
 from schelix_scale.graph.found import FoundFiles
 from schelix_scale.graph.lists import CellIndex
 from tests.synthetic import gaussian_cells
@@ -89,16 +89,6 @@ def test_a_round_compares_only_with_neighbours_of_neighbours_that_are_in_no_list
     for (_, candidates), (_, wanted) in zip(looked, expected, strict=True):
         np.testing.assert_array_equal(candidates, wanted)
     assert sum(len(wanted) for _, wanted in expected)
-
-
-@pytest.mark.parametrize("probes", [1, 7, 10_000])
-def test_lists_near_those_of_a_span_are_those_near_each(index: CellIndex, probes: int) -> None:
-    """However a span cuts the groups of lists, and whether a list is asked for once, twice or not at all."""
-    for span in ((0, N), (N // 3 + 1, N - 5), (7, 8)):
-        near = NearLists(index, span, probes)
-        for place, (chosen, _, _) in enumerate(groups(index, span)):
-            if place % 5 != 1:
-                np.testing.assert_array_equal(near.of(chosen), index.lists.near(chosen, probes))
 
 
 def test_the_first_round_leaves_lists_alone_whose_last_lists_brought_little(index: CellIndex, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from schelix_scale.graph.lists import CellIndex
+from schelix_scale.graph.lists import CellIndex, NearLists
 from schelix_scale.graph.vectors import unit_rows
 from tests.synthetic import gaussian_cells
 
@@ -52,6 +52,16 @@ def test_near_lists_come_first(index: CellIndex) -> None:
         assert (np.diff(away) >= -1e-5).all()
         nearest = np.argsort(np.linalg.norm(centroids - centroids[chosen], axis=1))[:6]
         assert len(set(nearest) & set(near[:12])) >= 5
+
+
+@pytest.mark.parametrize("probes", [1, 7, 10_000])
+def test_lists_near_those_of_a_group_are_those_near_each(index: CellIndex, probes: int) -> None:
+    """In any order, and whether a list is asked for once, twice or not at all."""
+    lists = len(index.lists.centroids_md)
+    for asked in (range(0, lists, 3), [lists - 1, 0, 0, 5, lists // 2], [7]):
+        near = NearLists(index.lists, probes)
+        for chosen in asked:
+            np.testing.assert_array_equal(near.of(chosen), index.lists.near(chosen, probes))
 
 
 def test_members_of_lists(index: CellIndex) -> None:

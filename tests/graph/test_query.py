@@ -178,7 +178,7 @@ def test_the_graph_adds_its_neighbours_and_only_those_are_scored(
     better = 0
     groups = reference._groups(np.asarray(unit_m, np.float32), 1)
     for chosen, queries in groups:
-        searched = index.cells[index.around(chosen, 1, K)]
+        searched = index.cells[index.in_lists(chosen, index.lists.near(chosen, 1), K)]
         read += len(searched)
         for query in queries:
             first = searched[np.argsort(-(unit_n[searched] @ unit_m[query]))[:K]]

@@ -22,7 +22,7 @@ from schelix_scale.graph.lists import CellIndex
 from schelix_scale.graph.operator import Operator, build_operator
 from schelix_scale.graph.vectors import BLOCK_CELLS
 from schelix_scale.mapping.correction import Clusters, fit_batch, shifted
-from schelix_scale.mapping.diffusion import Levels, kernel_widths, query_weights
+from schelix_scale.mapping.diffusion import Levels, Widths, kernel_widths, query_weights
 from schelix_scale.mapping.genes import GeneMatch, _restricted, match_genes, reference_values, shared_target
 from schelix_scale.stores.batches import Batches
 from tests.mapping.conftest import Atlas
@@ -236,6 +236,25 @@ def test_widths_among_some_of_the_cells() -> None:
     np.testing.assert_allclose(kernel_widths(features, operator, 3, rows, chosen), expected, rtol=1e-4)
     assert any(chosen[near[rows]].sum(axis=1) < 3), "of some too few are listed"
     np.testing.assert_allclose(kernel_widths(features, operator, 3, rows), np.sort(far, axis=1)[:40, 2], rtol=1e-4)
+
+
+def test_widths_of_all_cells_are_those_of_single_ones() -> None:
+    """Over more than two blocks, on any number of threads; among some of the cells they are others."""
+    rng, n = np.random.default_rng(0), 2 * BLOCK_CELLS + 5
+    z, near = rng.normal(size=(n, 3)).astype(np.float32), rng.integers(0, n, (n, 4))
+    asked, others = rng.integers(0, n, (50, 6)), rng.random(n) < 0.5
+    operator = Operator(near, np.zeros((n, 4), np.float32))
+    unit = z / np.linalg.norm(z, axis=1, keepdims=True)
+    expected = 1 - np.einsum("mkd,mkd->mk", unit[asked], unit[near[asked, 2]])
+    single = Widths(z, operator, 3)
+    np.testing.assert_allclose(single(asked), np.maximum(expected, 1e-12), atol=1e-6)
+    some = single(asked, others)
+    assert (some != single(asked)).mean() > 0.2
+    for threads in (1, 3):
+        found = Widths(z, operator, 3)
+        found.materialize(threads)
+        np.testing.assert_array_equal(found(asked), single(asked))
+        np.testing.assert_array_equal(found(asked, others), some)
 
 
 def test_an_index_takes_in_new_cells(tmp_path: Path) -> None:
