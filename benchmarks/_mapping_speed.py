@@ -132,6 +132,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.symphony_job is not None:
         symphony(arguments.symphony_job)
         return 0
+    if arguments.run is None or arguments.query is None:
+        if not arguments.readme:
+            parser().error("name a finished RUN and a QUERY, or give --readme alone")
+        write_tables(arguments.out)
+        return 0
     batch = ["--batch-key", arguments.batch_key]
     label = ["--label-key", arguments.label_key] if arguments.label_key else []
     about = {**circumstances(), "threads": threads()}
@@ -161,8 +166,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             note = f"extend takes {share:.1%} of it; scib total {pair[0]:.3f} against {pair[1]:.3f} of 10,000 cells"
             keep({**whole, "totals": pair, "extend_share": share, "note": note})
     if arguments.readme:
-        update_readme(HERE / "README.md", read_rows(arguments.out.with_name("mapping.json")), read_rows(arguments.out))
+        write_tables(arguments.out)
     return 0
+
+
+def write_tables(out: Path) -> None:
+    """Write what was measured before, and now, into the README beside."""
+    update_readme(HERE / "README.md", read_rows(out.with_name("mapping.json")), read_rows(out))
 
 
 def measured_symphony(arguments: argparse.Namespace, source: str, folder: Path) -> dict[str, Any]:
@@ -200,7 +210,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--symphony-job", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--integrate", action="store_true", help="integrate all cells too; needs --label-key")
     parser.add_argument("--scratch", help="a folder on a disk with room for it all")
-    parser.add_argument("--readme", action="store_true", help="write the tables into the README beside")
+    parser.add_argument("--readme", action="store_true", help="write the tables into the README beside; nothing else without RUN")
     parser.add_argument("-o", "--out", type=Path, default=HERE / "results" / "mapping-speed.json")
     return parser
 
