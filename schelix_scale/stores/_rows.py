@@ -45,7 +45,8 @@ def to_float32(values: np.ndarray) -> np.ndarray:
 def canonical(x_ng: sparse.csr_matrix) -> sparse.csr_matrix:
     """Sort indices, sum duplicates and drop stored zeros, in place."""
     x_ng.sum_duplicates()
-    x_ng.eliminate_zeros()
+    if not x_ng.data.all():  # quicker to see than to look for them
+        x_ng.eliminate_zeros()
     return x_ng
 
 
