@@ -210,7 +210,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--symphony-job", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--integrate", action="store_true", help="integrate all cells too; needs --label-key")
     parser.add_argument("--scratch", help="a folder on a disk with room for it all")
-    parser.add_argument("--readme", action="store_true", help="write the tables into the README beside; nothing else without RUN")
+    parser.add_argument(
+        "--readme", action="store_true", help="write the tables into the README beside; nothing else without RUN"
+    )
     parser.add_argument("-o", "--out", type=Path, default=HERE / "results" / "mapping-speed.json")
     return parser
 
