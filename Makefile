@@ -1,6 +1,9 @@
 # make demo is all that a fresh clone needs; everything is installed into .venv from the pins in constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+# Processes that run tests, a file of them at a time.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 INSTALLED := .venv/.installed
 
 .PHONY: .venv demo test test-slow lint types clean help
@@ -9,10 +12,10 @@ demo: $(INSTALLED) ## integrate 700 real blood cells into demo-run/
 	$(BIN)/schelix demo -o demo-run
 
 test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED) ## run the tests that take longer
-	$(BIN)/python -m pytest -q -m slow || test $$? -eq 5 # 5: there are none
+	$(PYTEST) -m slow || test $$? -eq 5 # 5: there are none
 
 lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff check .

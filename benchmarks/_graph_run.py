@@ -47,13 +47,13 @@ def run_task(name: str, task: dict[str, Any], out: Path) -> tuple[dict[str, Any]
 
 @contextmanager
 def own_memory() -> Iterator[list[int]]:
-    """Sample what all descendants of this process hold in memory that is no file's (bytes), as long as this lasts."""
+    """Sample what descendants of this process that start from now on hold in memory that is no file's, in bytes."""
     samples: list[int] = []
-    over = threading.Event()
+    over, before = threading.Event(), set(psutil.Process().children(recursive=True))
 
     def sample() -> None:
         while not over.wait(INTERVAL):
-            samples.append(sum(map(_own, psutil.Process().children(recursive=True))))
+            samples.append(sum(_own(one) for one in psutil.Process().children(recursive=True) if one not in before))
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
