@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import graph
 import numpy as np
 import pytest
 from _graph_diffusion import largest_difference
+from _graph_run import own_memory
 from _graph_scores import Recall, agreement, exact_limits, others, recall_of
 from sklearn.neighbors import NearestNeighbors
 
@@ -145,6 +148,20 @@ def test_searches_and_diffuses_in_processes(tmp_path: Path, capsys: pytest.Captu
     assert (ours["method"], theirs["method"]) == ("schelix", "scipy in memory")
     assert ours["difference"] < 1e-5
     assert "| **schelix** (exact), budget 1GB |" in capsys.readouterr().out
+
+
+def test_memory_of_a_task_is_not_that_of_processes_before_it() -> None:
+    held = "import sys; held = b'x' * {}; print('there', flush=True); sys.stdin.readline()"
+    others = subprocess.Popen(
+        [sys.executable, "-c", held.format(150_000_000)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with others:
+        assert others.stdout is not None
+        assert others.stdout.readline() == "there\n"
+        with own_memory() as own:
+            subprocess.run([sys.executable, "-c", "import time; held = b'x' * 60_000_000; time.sleep(0.5)"], check=True)
+        others.communicate("go\n")
+    assert 60e6 < max(own) < 120e6
 
 
 def test_settings_of_peers_follow_the_cells_and_the_command_line() -> None:
