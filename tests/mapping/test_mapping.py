@@ -12,7 +12,7 @@ from sklearn.neighbors import NearestNeighbors
 from schelix_scale import Reference, Run, map_cells
 from schelix_scale.errors import ConfigError, DataError, RunError
 from schelix_scale.features import onepass
-from schelix_scale.mapping import columns, encode, project
+from schelix_scale.mapping import columns, diffusion, encode, project
 from schelix_scale.mapping import query as query_stages
 from schelix_scale.mapping.api import Mapped
 from schelix_scale.progress import QuietReporter
@@ -52,6 +52,23 @@ def test_an_unseen_type_is_flagged_and_not_absorbed(mapped: Mapped, atlas: Atlas
     search = NearestNeighbors(n_neighbors=1).fit(z)
     far, near = (search.kneighbors(mapped.embedding[which])[0] for which in (novel, ~novel))
     assert np.quantile(far, 0.1) > np.quantile(near, 0.9)
+
+
+def test_widths_of_cells_are_computed_once_where_queries_touch_most_of_them(
+    atlas: Atlas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed, kernel_widths = [], diffusion.kernel_widths
+
+    def counting(*parts: object) -> np.ndarray:
+        computed.append(len(parts[3]) if len(parts) < 5 or parts[4] is None else 0)  # not those among some batches
+        return kernel_widths(*parts)
+
+    monkeypatch.setattr(diffusion, "kernel_widths", counting)
+    reference = Reference.open(atlas.run)
+    assert atlas.query.n_obs * reference.frozen.config.graph.k >= reference.frozen.n_cells
+    for _ in range(2):
+        reference.map(atlas.query, batch_key="batch")
+        assert sum(computed) == reference.frozen.n_cells
 
 
 def test_the_reference_is_only_read(atlas: Atlas, tmp_path: Path) -> None:
