@@ -1,9 +1,8 @@
 # make demo is all that a fresh clone needs; everything is installed into .venv from the pins in constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
-# Processes that run tests, a file of them at a time.
+# Processes that run the fast tests, a file at a time; the slow ones measure memory and kill processes.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 INSTALLED := .venv/.installed
 
 .PHONY: .venv demo test test-slow lint types clean help
@@ -12,10 +11,10 @@ demo: $(INSTALLED) ## integrate 700 real blood cells into demo-run/
 	$(BIN)/schelix demo -o demo-run
 
 test: $(INSTALLED) ## run the tests
-	$(PYTEST) -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: $(INSTALLED) ## run the tests that take longer
-	$(PYTEST) -m slow || test $$? -eq 5 # 5: there are none
+	$(BIN)/python -m pytest -q -m slow || test $$? -eq 5 # 5: there are none
 
 lint: $(INSTALLED) ## check style and format
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from schelix_scale.interruptions import heed, listening
 from schelix_scale.run import Run
 
 from .commands import PYTHON, cells, integrate, schelix
+
+
+@pytest.fixture(autouse=True)
+def as_from_a_terminal() -> Iterator[None]:
+    """Jobs that a shell starts in the background ignore Ctrl-C, and so do all their children: also these tests'."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
