@@ -48,15 +48,15 @@ from schelix_scale.compute import keep_memory_low, torch_at_work
 keep_memory_low()
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
-def step():
-    torch.ones(4 << 18) + torch.ones(4 << 18)  # three times 4 MB
-with torch_at_work(1):
-    for _ in range(5):
-        step()
+def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
-        step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        torch.ones(4 << 18) + torch.ones(4 << 18)  # three times 4 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(*(faults() for _ in range(5)))
+with torch_at_work(1):
+    faults()
+    print(*(faults() for _ in range(5)))
     held = resident()
 print(held - resident())
 """
@@ -64,11 +64,15 @@ print(held - resident())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/statm is Linux")
 def test_steps_of_a_training_use_the_same_memory_again() -> None:
-    """Ten steps of 3,072 pages each need hardly any new page; afterwards all of it is given back."""
+    """Ten steps of 3,072 pages each need hardly any new page; afterwards all of it is given back.
+
+    The system may fault pages that are there, too (5,000 of 30,720 were seen once): ten steps of five count.
+    """
     done = subprocess.run([sys.executable, "-c", STEPS], capture_output=True, text=True, check=True)
-    faults, given_back = map(int, done.stdout.split())
-    assert faults < 1_000
-    assert given_back > 8 << 20
+    usual, again, given_back = ([int(number) for number in line.split()] for line in done.stdout.splitlines())
+    assert min(usual) > 30_000, usual  # what is counted is seen where nothing is used again
+    assert min(again) < 1_000, again
+    assert given_back[0] > 8 << 20
 
 
 def test_turns_are_short_while_any_thread_asks_for_it() -> None:
