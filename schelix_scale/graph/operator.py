@@ -16,7 +16,6 @@ from schelix_scale.arrays import create_array
 from schelix_scale.graph.knn import Neighbors
 from schelix_scale.graph.vectors import cell_dtype, forget, row_blocks
 
-SHARE_VALUES = 4_000_000
 TINY = 1e-8
 
 
@@ -87,12 +86,11 @@ def _weights_in(folder: Path | None, n: int, k: int) -> np.ndarray:
 
 def _batch_share(batch_mk: np.ndarray) -> np.ndarray:
     """Share of each neighbour's batch among the neighbours of its row, (m, k)."""
-    share = np.empty(batch_mk.shape)
-    step = max(1, SHARE_VALUES // batch_mk.shape[1] ** 2)
-    for start in range(0, len(batch_mk), step):
-        rows = batch_mk[start : start + step]
-        share[start : start + step] = (rows[:, :, None] == rows[:, None, :]).mean(axis=2)
-    return share
+    columns_km = np.ascontiguousarray(np.transpose(batch_mk))
+    count_km = np.zeros(columns_km.shape, np.int32)
+    for column_m in columns_km:
+        count_km += columns_km == column_m
+    return np.asarray((count_km / len(columns_km)).T)
 
 
 def blend(old: Operator, new: Operator, weight: float, folder: Path | None = None) -> Operator:

@@ -107,12 +107,12 @@ class QueryIndex:
             )
         if not np.isfinite(features_md).all():
             raise GraphError("features that are not finite have no neighbours: check the source of the queries.")
-        unit, rows = unit_rows(features_md), np.empty((len(features_md), k), np.int64)
+        unit, places = unit_rows(features_md), np.empty((len(features_md), k), np.int64)
 
         def exactly(span: tuple[int, int]) -> int:
             chosen = slice(*span)
             blocks = ((start, unit_rows(self.features_nd[start:stop])) for start, stop in row_blocks(n))
-            rows[chosen] = nearest_in_blocks(unit[chosen], blocks, k)[0]
+            places[chosen] = nearest_in_blocks(unit[chosen], blocks, k)[0]
             return span[1] - span[0]
 
         def in_lists(groups: Sequence[tuple[int, np.ndarray]]) -> int:
@@ -120,7 +120,7 @@ class QueryIndex:
             seen_n, near = np.zeros(n, bool), NearLists(self.index.lists, probes)
             for chosen, queries in groups:
                 candidates = self.index.in_lists(chosen, near.of(chosen), k)
-                rows[queries] = self._search(candidates, unit[queries], k, seen_n)
+                places[queries] = self._search(candidates, unit[queries], k, seen_n)
             return len(groups)
 
         with one_thread_each():
@@ -129,7 +129,7 @@ class QueryIndex:
             elif len(unit):
                 groups = self._groups(unit, threads)
                 run_tasks(in_lists, [groups[a:b] for a, b in row_blocks(len(groups), TASK_GROUPS)], threads)
-            return self._ranked(unit, rows, threads)
+            return self._ranked(unit, places, threads)
 
     def _groups(self, unit_md: np.ndarray, threads: int) -> list[tuple[int, np.ndarray]]:
         """Return the queries by the list that they are nearest to."""
@@ -152,6 +152,7 @@ class QueryIndex:
     def _search(self, candidates: np.ndarray, unit_qd: np.ndarray, k: int, seen_n: np.ndarray) -> np.ndarray:
         """Search candidates, those of the lists near one, then the neighbours in the graph of what was found.
 
+        Candidates and what is returned, (q, k) in no order, are positions in the index.
         ``seen_n`` (n,) is False everywhere, before and after: it tells which positions were searched in the lists, most
         of those neighbours among them, which are not scored again.
         """
@@ -168,24 +169,30 @@ class QueryIndex:
         score_qk = np.einsum("qd,qkd->qk", unit_qd, taken(index.vectors_nd, found))
         nearer = score_h > score_qk.min(axis=1)[row_h]
         if not nearer.any():
-            return np.asarray(index.cells[found])
+            return np.asarray(found)
         hits = Hits(len(found), k, np.repeat(np.arange(len(found)), k), found.ravel(), score_qk.ravel())
         best = hits.and_more(row_h[nearer], position_h[nearer], score_h[nearer]).best()
-        return np.asarray(index.cells[best.column_h.reshape(found.shape)])
+        return best.column_h.reshape(found.shape)
 
-    def _ranked(self, unit_md: np.ndarray, rows_mk: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
-        """Order neighbours by their distances, computed one by one: so they are the same in any company."""
-        distances = np.empty(rows_mk.shape, np.float32)
+    def _ranked(self, unit_md: np.ndarray, places_mk: np.ndarray, threads: int) -> tuple[np.ndarray, np.ndarray]:
+        """Order neighbours by their distances, computed one by one: so they are the same in any company.
+
+        ``places_mk`` are their positions in the index if there is one, else their row numbers.
+        """
+        index, rows, distances = self.index, np.empty_like(places_mk), np.empty(places_mk.shape, np.float32)
 
         def rank(span: tuple[int, int]) -> int:
             part = slice(*span)
-            found = rows_mk[part]
-            near = unit_rows(taken(self.features_nd, found.ravel())).reshape(*found.shape, -1)
-            away = np.maximum(1 - np.einsum("md,mkd->mk", unit_md[part], near), 0)
+            found, places = places_mk[part], places_mk[part].ravel()
+            if index is None:
+                near = unit_rows(taken(self.features_nd, places))
+            else:
+                near, found = taken(index.vectors_nd, places), taken(index.cells, places).reshape(found.shape)
+            away = np.maximum(1 - np.einsum("md,mkd->mk", unit_md[part], near.reshape(*found.shape, -1)), 0)
             order = np.lexsort((found, away), axis=1)
-            rows_mk[part] = np.take_along_axis(found, order, axis=1)
+            rows[part] = np.take_along_axis(found, order, axis=1)
             distances[part] = np.take_along_axis(away, order, axis=1)
             return len(found)
 
-        run_tasks(rank, list(row_blocks(len(rows_mk), max(1, RANKED // rows_mk.shape[1]))), threads)
-        return rows_mk, distances
+        run_tasks(rank, list(row_blocks(len(rows), max(1, RANKED // rows.shape[1]))), threads)
+        return rows, distances

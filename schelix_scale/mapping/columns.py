@@ -110,12 +110,12 @@ def _holdable(column: pd.Series) -> pd.Series:
 
 
 def create_mapped(path: Path, n: int, widths: dict[str, int]) -> dict[str, Any]:
-    """Make a zarr of n cells with empty obsm arrays, a block a chunk."""
+    """Make a zarr with empty obsm arrays of n cells, a block a chunk; `finish_mapped` writes the cells' obs."""
     import anndata
     import zarr
 
     with _WRITING, _quiet(), anndata.settings.override(zarr_write_format=3, auto_shard_zarr_v3=False):
-        anndata.AnnData(obs=pd.DataFrame(index=pd.RangeIndex(n).astype(str))).write_zarr(path)
+        anndata.AnnData(obs=pd.DataFrame(index=pd.Index([], dtype=str))).write_zarr(path)
     obsm = zarr.open_group(path / "obsm", mode="r+")
     arrays = {}
     for key, width in widths.items():

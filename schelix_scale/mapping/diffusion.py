@@ -75,9 +75,9 @@ class Levels:
         """F^(hop) of rows (m,), (m, d) float32."""
         if hop in self._stored:
             return np.asarray(self._stored[hop][rows], np.float32)
-        indices = np.asarray(self._operator.indices_nk[rows])
-        weights = np.asarray(self._operator.weights_nk[rows])
-        mixed = mix(indices, weights, partial(self.rows, hop - 1))
+        mixed = self._mixed(
+            hop - 1, *(np.asarray(part[rows]) for part in (self._operator.indices_nk, self._operator.weights_nk))
+        )
         return ((1 - self._restart) * mixed + self._restart * np.asarray(self._origin[rows])).astype(np.float32)
 
     def diffuse(
@@ -106,17 +106,28 @@ class Levels:
             if hop == 0:
                 out[:, place] = own_md
             else:
-                mixed = mix(indices_mk, weights_mk, partial(self.rows, hop - 1))
+                mixed = self._mixed(hop - 1, indices_mk, weights_mk)
                 out[:, place] = share * mixed + (1 - share) * own_md
         return out
+
+    def _mixed(self, hop: int, indices_mk: np.ndarray, weights_mk: np.ndarray) -> np.ndarray:
+        """Weighted sums of F^(hop) of neighbours, (m, d); of a hop whose rows lie together none is copied."""
+        level = self._stored.get(hop)
+        if level is None or not level.flags.c_contiguous or level.dtype != np.float32:
+            return mix(indices_mk, weights_mk, partial(self.rows, hop))
+        return np.asarray(_weights(indices_mk, weights_mk, len(level)) @ level)
 
 
 def mix(indices_mk: np.ndarray, weights_mk: np.ndarray, rows: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     """Weighted sums of features of neighbours, (m, d); ``rows`` is asked once for each cell that is needed."""
     needed, place = np.unique(indices_mk, return_inverse=True)
+    return np.asarray(_weights(place.reshape(indices_mk.shape), weights_mk, len(needed)) @ rows(needed))
+
+
+def _weights(indices_mk: np.ndarray, weights_mk: np.ndarray, width: int) -> sparse.csr_matrix:
     m, k = indices_mk.shape
-    matrix = sparse.csr_matrix((weights_mk.ravel(), place.ravel(), np.arange(0, m * k + 1, k)), shape=(m, len(needed)))
-    return np.asarray(matrix @ rows(needed))
+    parts = weights_mk.ravel(), indices_mk.ravel(), np.arange(0, m * k + 1, k)
+    return sparse.csr_matrix(parts, shape=(m, width))
 
 
 class Widths:

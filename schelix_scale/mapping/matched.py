@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from scipy import sparse
 
 from schelix_scale.mapping.genes import GeneMatch, match_genes, reference_values, shared_target, shared_totals
-from schelix_scale.mapping.query import Query
+from schelix_scale.mapping.reference import Frozen
+from schelix_scale.stores.base import CellStore, Measured
+
+if TYPE_CHECKING:
+    from schelix_scale.mapping.query import Query
 
 
 @dataclass(frozen=True)
@@ -33,16 +38,16 @@ class Matched:
         return reference_values(x_mq, self.match, kind, self.target, total_m), total_m
 
 
-def matched(query: Query) -> list[Matched]:
-    """Match the query's genes to the reference's, for each group of cells that measured the same ones."""
-    genes = query.frozen.genes
-    used_g = query.frozen.streams.uses(len(genes))
-    match = match_genes(query.store, genes, used_g, query.settings.gene_key)
+def matched(store: CellStore, frozen: Frozen, gene_key: str | None, measured: Measured | None) -> list[Matched]:
+    """Match a query's genes to the reference's, for each group of cells that measured the same ones (None: all)."""
+    genes = frozen.genes
+    used_g = frozen.streams.uses(len(genes))
+    match = match_genes(store, genes, used_g, gene_key)
     matches = [match]
-    if query.measured is not None:
+    if measured is not None:
         matches = [
             GeneMatch(np.where((match.place_g >= 0) & there_g[match.place_g], match.place_g, -1), used_g, match.by)
-            for there_g in query.measured.measured_pg
+            for there_g in measured.measured_pg
         ]
     mean_g, variance_g = genes["mean"].to_numpy(), genes["var"].to_numpy()
     return [Matched(one, shared_target(one, mean_g, variance_g)) for one in matches]
@@ -59,10 +64,10 @@ def of_groups(query: Query, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]
 
 
 def read_values(
-    query: Query, groups: Sequence[Matched], rows: np.ndarray, kind: str
+    query: Query, rows: np.ndarray, kind: str
 ) -> Iterator[tuple[np.ndarray, sparse.csr_matrix, np.ndarray]]:
     """Read cells; yield those of each group: places in ``rows``, values (m, g), and which genes are known (g,)."""
     x_mq = query.store.read(rows)
     for group, chosen in of_groups(query, rows):
-        x_mg, _ = groups[group].values(x_mq if len(chosen) == len(rows) else x_mq[chosen], kind)
-        yield chosen, x_mg, groups[group].match.place_g >= 0
+        x_mg, _ = query.matched[group].values(x_mq if len(chosen) == len(rows) else x_mq[chosen], kind)
+        yield chosen, x_mg, query.matched[group].match.place_g >= 0

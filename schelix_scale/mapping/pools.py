@@ -22,7 +22,7 @@ from schelix_scale.mapping.expression import pool_in_common
 from schelix_scale.mapping.held_out import sizes_of_pools
 from schelix_scale.mapping.kin import Pool, likely_known, spread_of
 from schelix_scale.mapping.leftover import LeftOver
-from schelix_scale.mapping.matched import Matched, matched, read_values
+from schelix_scale.mapping.matched import read_values
 from schelix_scale.mapping.novelty import NEIGHBORS
 from schelix_scale.mapping.odd_votes import oddest_votes, often
 from schelix_scale.mapping.pool_sizes import EXPRESSED, POOLS_SHARE, nearest_size, workers
@@ -79,12 +79,10 @@ def find_pools(query: Query, labels: Sequence[Labels], calibration: Calibration)
     each = Among.bytes_of(calibration.sizes[0], len(frozen.scaling.genes))
     together = int(np.clip(POOLS_SHARE * query.budget / each, 1, TOGETHER))
     at_once = workers(query.budget, calibration.sizes[0], len(frozen.scaling.genes), query.threads)
-    genes: list[Matched] = []
     for start, stop in row_blocks(len(pools), together):
         run_tasks(find, range(start, stop), at_once)
         if strange:
-            genes = genes or matched(query)
-            look_again(query, genes, strange, alike_n)
+            look_again(query, strange, alike_n)
         strange.clear()
     return [pool for pool in pools if pool is not None], alike_n
 
@@ -96,13 +94,11 @@ def wanted_sizes(query: Query) -> tuple[int, ...]:
     return tuple(sorted({nearest_size(sizes, min(cells, sizes[0])) for cells in drawn.tolist()}, reverse=True))
 
 
-def look_again(query: Query, genes: Sequence[Matched], strange: Mapping[int, Among], alike_n: np.ndarray) -> None:
+def look_again(query: Query, strange: Mapping[int, Among], alike_n: np.ndarray) -> None:
     """Read those cells of some batches again that are in no pool, and compare them with the pool of their batch.
 
     Parameters
     ----------
-    genes
-        See `matched.matched`.
     strange
         Pools by number of the batch.
     alike_n
@@ -115,11 +111,13 @@ def look_again(query: Query, genes: Sequence[Matched], strange: Mapping[int, Amo
         return
     kind = query.directory.record("project").details["values"]
     size = block_size(query.store, int(PASS_SHARE * query.budget), query.threads, LOOK_CELLS)
+    if query.store.row_access == "fast":
+        size = min(size, -(-len(rows) // query.threads))
     with query.reporter.stage("look again", len(rows)) as progress:
 
         def task(span: tuple[int, int]) -> int:
             block = rows[slice(*span)]
-            for chosen, x_mg, known_g in read_values(query, genes, block, kind):
+            for chosen, x_mg, known_g in read_values(query, block, kind):
                 own, known_h = frozen.scaling(x_mg), known_g[frozen.scaling.genes]
                 for code in np.unique(codes[block[chosen]]).tolist():
                     mine = np.flatnonzero(codes[block[chosen]] == code)

@@ -18,8 +18,8 @@ from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.mapping.drawn import DRAWN, Drawing
 from schelix_scale.mapping.genes import require_genes, restricted_streams
 from schelix_scale.mapping.inputs import batches_digest
-from schelix_scale.mapping.matched import Matched, matched, of_groups
-from schelix_scale.mapping.query import MEASURED, MOVES, RAW, STREAMS, Query, content_order
+from schelix_scale.mapping.matched import Matched, of_groups
+from schelix_scale.mapping.query import MEASURED, MOVES, RAW, STREAMS, Query, content_order, drawn_step
 from schelix_scale.records import StageRecord
 from schelix_scale.scheduling import run_tasks
 from schelix_scale.stores.checks import check_block
@@ -100,6 +100,7 @@ def project(query: Query, drawn: int = 0) -> StageRecord:
             create_array(targets[KNOWN], (n,), "bool")
             size = block_size(store, int(PASS_SHARE * query.budget), query.threads, BLOCK_CELLS)
             used = np.flatnonzero(encoders[0].genes.match.used_g)
+            step = drawn_step(frozen)
             drawing = Drawing(len(query.batches.names), drawn, used, query.directory.path)
 
             def task(span: tuple[int, int]) -> int:
@@ -109,7 +110,7 @@ def project(query: Query, drawn: int = 0) -> StageRecord:
                 parts: dict[str, list[np.ndarray]] = {}
                 for chosen, found, x_mg in _encode(query, encoders, x_mq, rows, values):
                     if drawn:
-                        mine, order = rows[chosen], content_order(frozen, found["anchor"])
+                        mine, order = rows[chosen], content_order(found["anchor"], step)
                         drawing.offer(mine, query.batches.codes[mine], order, x_mg, found[KNOWN])
                     for name, part in {"place": chosen, **found}.items():
                         parts.setdefault(name, []).append(part)
@@ -156,7 +157,6 @@ def _say_blind(query: Query) -> int:
 def _encoders(query: Query) -> list[_Encoder]:
     """Match genes and restrict the projections to those that are there, for each group of cells."""
     frozen, store, settings, genes = query.frozen, query.store, query.settings, query.frozen.genes
-    groups = matched(query)
     rows = frozen.sample
     spread = [np.asarray(frozen.raw_na[rows], np.float64).var(axis=0), np.zeros(0)]
     if frozen.streams.variant is not None:
@@ -166,11 +166,11 @@ def _encoders(query: Query) -> list[_Encoder]:
         parts = frozen.model.loadings.anchor, frozen.model.loadings.variant
         learned = (parts[0].detach().numpy(), parts[1].detach().numpy())
     power, encoders = frozen.config.features.scale_power, []
-    for found in groups:
+    for found in query.matched:
         require_genes(found.match, store, genes, settings.min_genes)
         streams = restricted_streams(frozen.streams, found.match, genes, power, (spread[0], spread[1]))
         encoders.append(_Encoder(found, streams, learned, genes["mean"].to_numpy()))
-    worst = min((found.match for found in groups), key=lambda one: one.used_share)
+    worst = min((found.match for found in query.matched), key=lambda one: one.used_share)
     facts = worst.facts()
     say = query.reporter.warn if facts["used_genes_missing"] else query.reporter.say
     lacking = f"; {facts['used_genes_missing']:,} of those it uses are missing ({1 - worst.used_share:.1%})"

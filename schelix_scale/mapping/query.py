@@ -21,6 +21,7 @@ from schelix_scale.features.onepass import write_rows
 from schelix_scale.graph.vectors import row_blocks
 from schelix_scale.mapping.correction import BatchShift, fit_batch, shifted
 from schelix_scale.mapping.inputs import batches_digest
+from schelix_scale.mapping.matched import Matched, matched
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.progress import Reporter
@@ -102,6 +103,11 @@ class Query:
         """Which genes were measured in which cells of the query; None: all in all."""
         return partly_measured(self.store)
 
+    @cached_property
+    def matched(self) -> list[Matched]:
+        """The query's genes as the reference has them, for each group of cells that measured the same ones."""
+        return matched(self.store, self.frozen, self.settings.gene_key, self.measured)
+
 
 def correct(query: Query) -> StageRecord:
     """Fit each batch's displacement, and write the corrected components."""
@@ -109,7 +115,7 @@ def correct(query: Query) -> StageRecord:
 
     def make() -> tuple[list[str], dict[str, Any]]:
         raw = [query.load(RAW.format(name)) for name in STREAMS]
-        order = content_order(frozen, raw[0])
+        order = content_order(raw[0], drawn_step(frozen))
         shifts, facts, n = [], [], query.store.n_cells
         files = [CORRECTED.format(name) for name in STREAMS]
         with ExitStack() as published, query.reporter.stage("correct", n) as progress:
@@ -149,10 +155,15 @@ def correct(query: Query) -> StageRecord:
     return query.stage("correct", {"batches": batches_digest(batches), "version": 3}, ["project"], make)
 
 
-def content_order(frozen: Frozen, anchor_nd: np.ndarray) -> np.ndarray:
+def drawn_step(frozen: Frozen) -> np.ndarray:
+    """Return the steps (2,) in which components are rounded to draw cells, see `content_order`."""
+    spread = np.asarray(frozen.raw_na[frozen.sample, :2], np.float64).std(axis=0)
+    return np.asarray(np.maximum(spread / DRAWN_STEPS, 1e-12))
+
+
+def content_order(anchor_nd: np.ndarray, step: np.ndarray) -> np.ndarray:
     """Numbers (n,) by which cells are drawn at random: from what is measured, so that no place or name matters."""
-    scale = np.asarray(frozen.raw_na[frozen.sample, :2], np.float64).std(axis=0) / DRAWN_STEPS
-    steps = np.rint(np.asarray(anchor_nd[:, :2], np.float64) / np.maximum(scale, 1e-12)).astype(np.int64)
+    steps = np.rint(np.asarray(anchor_nd[:, :2], np.float64) / step).astype(np.int64)
     return np.asarray(pd.util.hash_array(steps @ np.array([1, 1 << 32])))
 
 

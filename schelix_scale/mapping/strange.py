@@ -81,7 +81,9 @@ def cut(left_mh: np.ndarray) -> np.ndarray:
 
 def products(left_mh: np.ndarray, left_ph: np.ndarray) -> np.ndarray:
     """Return what cells have in common, (m, p) float64: exact enough that the order of sums hardly ever decides."""
-    return np.asarray(left_mh.astype(np.float64) @ left_ph.astype(np.float64).T)
+    cells_mh = left_mh.astype(np.float64)
+    others_ph = cells_mh if left_ph is left_mh else left_ph.astype(np.float64)  # NumPy computes half of it then
+    return np.asarray(cells_mh @ others_ph.T)
 
 
 def furthest(left_mh: np.ndarray) -> np.ndarray:

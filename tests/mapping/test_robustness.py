@@ -26,7 +26,7 @@ from schelix_scale.mapping.genes import match_genes
 from schelix_scale.mapping.held_out import hold_out
 from schelix_scale.mapping.kin import Usual
 from schelix_scale.mapping.of_pools import OfPools
-from schelix_scale.mapping.query import content_order
+from schelix_scale.mapping.query import content_order, drawn_step
 from schelix_scale.mapping.reference import Frozen
 from schelix_scale.mapping.settings import MapConfig
 from schelix_scale.mapping.strange import Strange
@@ -58,9 +58,10 @@ def test_a_batch_is_moved_alike_in_any_order(reference: Reference, atlas: Atlas,
 def test_cells_are_drawn_by_what_is_measured(reference: Reference, atlas: Atlas) -> None:
     raw = np.asarray(reference.frozen.raw_na)
     order = np.random.default_rng(0).permutation(len(raw))
-    numbers = content_order(reference.frozen, raw)
-    np.testing.assert_array_equal(content_order(reference.frozen, raw[order]), numbers[order])
-    assert (content_order(reference.frozen, raw * (1 + 1e-7)) == numbers).mean() > 0.99
+    step = drawn_step(reference.frozen)
+    numbers = content_order(raw, step)
+    np.testing.assert_array_equal(content_order(raw[order], step), numbers[order])
+    assert (content_order(raw * (1 + 1e-7), step) == numbers).mean() > 0.99
     assert len(np.unique(numbers)) > 0.95 * len(raw)
     drawn = np.argsort(numbers)[: len(raw) // 4]  # at random: a quarter of each type
     types = atlas.reference.obs["cell_type"].to_numpy()[drawn]
