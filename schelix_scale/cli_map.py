@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -38,6 +38,8 @@ LabelKeys = Annotated[
     list[str] | None,
     typer.Option(help="obs column of RUN whose labels are transferred. May be repeated.", metavar="COLUMN"),
 ]
+
+MOST_NOVEL = 3  # batches that are named
 
 
 @app.command(
@@ -100,7 +102,7 @@ def map_verb(
     lines = {
         "mapped": f"{summary['cells']:,} cells in {batches}: {mapped.path}/mapped.zarr",
         "genes": f"{summary['genes_matched']:,} of {summary['genes_reference']:,}" + missing,
-        "novel": f"{summary['novel_share']:.1%} of the cells",
+        "novel": _novel(summary),
     }
     for key in summary["labels"]:
         counts = mapped.obs[f"schelix_{key}"].value_counts()
@@ -168,3 +170,12 @@ def extend(
         lines["extended"] += f", {new['cells']:,} and {len(new['batches']):,} of them new"
         lines["neighbours"] = f"{new['recall']:.3f} of the exact ones of new cells were found"
     print_lines({**lines, "embedding": str(extended.path / "embedding.zarr")})
+
+
+def _novel(summary: dict[str, Any]) -> str:
+    """Say which share of the cells is novel, and of which batches most are."""
+    by_batch, level = summary["novel_by_batch"], summary["settings"]["novelty"]
+    text = f"{summary['novel_share']:.1%} of the cells (about {level:.1%} where nothing is new)"
+    most = [(name, share) for name, share in by_batch.items() if share > level and len(by_batch) > 1]
+    named = ", ".join(f"{name} {share:.1%}" for name, share in sorted(most, key=lambda one: -one[1])[:MOST_NOVEL])
+    return f"{text}; most in {named}" if named else text

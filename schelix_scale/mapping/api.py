@@ -221,7 +221,7 @@ class Reference:
             **genes,
             "labels": list(keys),
             "settings": query.settings.model_dump(mode="json"),
-            "novel_share": directory.record("map").details["novel_share"],
+            **{key: value for key, value in directory.record("map").details.items() if key.startswith("novel_")},
             "seconds": round(sum(record.seconds for record in directory.records()), 1),
         }
 

@@ -182,7 +182,7 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
     """Write mapped.zarr: obs with labels and novelty, and the latents."""
     frozen, settings, n = query.frozen, query.settings, query.store.n_cells
     inputs = {"labels": [column.key for column in labels], "coverage": settings.coverage, "novelty": settings.novelty}
-    inputs |= {"obs": query.store.obs_fingerprint(), "version": 16}
+    inputs |= {"obs": query.store.obs_fingerprint(), "version": 17}
 
     def make() -> tuple[list[str], dict[str, Any]]:
         raw = query.load(RAW.format("anchor"))
@@ -226,8 +226,8 @@ def encode_query(query: Query, labels: Sequence[Labels], calibration: Calibratio
             for column in columns:
                 table = table.assign(**column.table())
             finish_mapped(path, table.assign(**found), _uns(query))
-        novel = float((found[P_VALUE] <= settings.novelty).mean())
-        return [MAPPED], {"dims": widths, "labels": [column.key for column in labels], "novel_share": round(novel, 6)}
+        facts = {"dims": widths, "labels": [column.key for column in labels]}
+        return [MAPPED], facts | _novel(query, found[P_VALUE] <= settings.novelty)
 
     return query.stage("map", inputs, ["neighbors", "calibrate"], make)
 
@@ -236,6 +236,14 @@ def _probe(frozen: Frozen) -> dict[str, np.ndarray]:
     """Return the latents of one cell of zeros, for their shapes."""
     hops = len(frozen.config.graph.hops)
     return latents(frozen, [np.zeros((1, hops, width), np.float32) for width in frozen.streams.dims])
+
+
+def _novel(query: Query, novel_n: np.ndarray) -> dict[str, Any]:
+    """Say which share of the cells is novel, and of those of each batch: where a type is new, it is in some."""
+    names, codes = query.batches.names, query.batches.codes
+    share_b = np.bincount(codes, novel_n, minlength=len(names)) / np.bincount(codes, minlength=len(names))
+    by_batch = dict(zip(map(str, names), share_b.round(6).tolist(), strict=True))
+    return {"novel_share": round(float(novel_n.mean()), 6), "novel_by_batch": by_batch}
 
 
 def _uns(query: Query) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from schelix_scale import extend, map_cells
 from schelix_scale.cli import app
 from schelix_scale.errors import DataError, RunError
+from schelix_scale.mapping.mapped import Mapped
 from schelix_scale.progress import QuietReporter
 from tests.mapping.conftest import Atlas
 
@@ -46,6 +47,24 @@ def test_the_verbs(atlas: Atlas, query_file: Path, tmp_path: Path) -> None:
         extend(run, atlas.query[:1].copy(), out=tmp_path / "v3", reporter=QuietReporter())
     with pytest.raises(RunError, match="never changed"):
         extend(run, new, out=run, reporter=QuietReporter())
+
+
+def test_which_batches_have_novel_cells(atlas: Atlas, tmp_path: Path) -> None:
+    known = atlas.reference[atlas.reference.obs["batch"] == "b0"][::2].copy()
+    known.obs_names = [f"known-{name}" for name in known.obs_names]
+    anndata.concat([known, atlas.query]).write_h5ad(tmp_path / "both.h5ad")
+    asked = ["map", str(atlas.run), str(tmp_path / "both.h5ad"), "-b", "batch", "-o", str(tmp_path / "m")]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    obs = anndata.read_zarr(tmp_path / "m" / "mapped.zarr").obs
+    novel = obs["schelix_novelty_p"] <= 0.01
+    by_batch = novel.groupby(obs["batch"].astype(str)).mean()
+    assert by_batch["b3"] > 0.1
+    assert by_batch["b0"] < 0.01
+    summary = Mapped.open(tmp_path / "m").manifest["summary"]
+    assert summary["novel_by_batch"] == pytest.approx(by_batch.to_dict(), abs=1e-6)
+    line = f"{novel.mean():.1%} of the cells (about 1.0% where nothing is new); most in b3 {by_batch['b3']:.1%}"
+    assert f"novel {line} " in " ".join(done.output.split())
 
 
 def test_part_of_an_experiment(atlas: Atlas, query_file: Path, tmp_path: Path) -> None:
