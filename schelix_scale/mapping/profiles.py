@@ -13,10 +13,11 @@ from schelix_scale.features.projection import Projection, clip_genes
 from schelix_scale.features.streams import Streams
 from schelix_scale.genes.sketch import Sketch
 from schelix_scale.graph.nearest import nearest_among
-from schelix_scale.graph.vectors import unit_rows
+from schelix_scale.graph.vectors import row_blocks, unit_rows
 
 CELLS = 20_000  # of the reference whose expression is held
 NEIGHBORS = 30
+TAKEN = 48  # cells whose neighbours' expression is copied at once: the cache holds it
 WEIGHED, LEAST = 1_000, 0.1  # cells that weights are measured on; of the mean variance, to which each gene's is raised
 TINY = 1e-9
 
@@ -138,11 +139,7 @@ class Profiles:
         there = np.arange(len(self.batch_p)) if batch is None else np.flatnonzero(self.batch_p != batch)
         k = min(NEIGHBORS, len(there))
         near = there[nearest_among(unit_ma, self.unit_pa, there, k)[0]]
-        pick = sparse.csr_matrix(
-            (np.ones(near.size, np.float32), near.ravel(), np.arange(0, near.size + 1, k)),
-            shape=(len(near), len(self.batch_p)),
-        )
-        sums = np.asarray((pick @ self.x_ph).toarray())
+        sums = self._sums(near)
         batches = self.batch_p[near]
         if self.group_p is None or self.known_gh is None:
             return Around(sums / np.float32(k), None, batches)
@@ -161,6 +158,15 @@ class Profiles:
             return np.ones(len(around.batch_mk))
         found = 1 / np.maximum(np.nan_to_num(same(around.batch_mk), nan=1.0), TINY) - 1
         return np.asarray(np.clip(found / usual, 0.0, 1.0))
+
+    def _sums(self, near_mk: np.ndarray) -> np.ndarray:
+        """Return summed expression of cells, (m, h): their rows side by side are one row, of which genes are summed."""
+        k, out = near_mk.shape[1], np.empty((len(near_mk), self.x_ph.shape[1]), np.float32)
+        for start, stop in row_blocks(len(near_mk), TAKEN):
+            rows = self.x_ph[near_mk[start:stop].ravel()]
+            shape = stop - start, self.x_ph.shape[1]
+            out[start:stop] = sparse.csr_matrix((rows.data, rows.indices, rows.indptr[::k]), shape=shape).toarray()
+        return out
 
     @cached_property
     def _usual(self) -> float:
