@@ -75,9 +75,8 @@ class Levels:
         """F^(hop) of rows (m,), (m, d) float32."""
         if hop in self._stored:
             return np.asarray(self._stored[hop][rows], np.float32)
-        mixed = self._mixed(
-            hop - 1, *(np.asarray(part[rows]) for part in (self._operator.indices_nk, self._operator.weights_nk))
-        )
+        operator = self._operator
+        mixed = self._mixed(hop - 1, np.asarray(operator.indices_nk[rows]), np.asarray(operator.weights_nk[rows]))
         return ((1 - self._restart) * mixed + self._restart * np.asarray(self._origin[rows])).astype(np.float32)
 
     def diffuse(
@@ -125,6 +124,7 @@ def mix(indices_mk: np.ndarray, weights_mk: np.ndarray, rows: Callable[[np.ndarr
 
 
 def _weights(indices_mk: np.ndarray, weights_mk: np.ndarray, width: int) -> sparse.csr_matrix:
+    """Weights of neighbours as a matrix (m, width)."""
     m, k = indices_mk.shape
     parts = weights_mk.ravel(), indices_mk.ravel(), np.arange(0, m * k + 1, k)
     return sparse.csr_matrix(parts, shape=(m, width))
