@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -64,10 +64,10 @@ def of_groups(query: Query, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]
 
 
 def read_values(
-    query: Query, rows: np.ndarray, kind: str
+    query: Query, groups: Sequence[Matched], rows: np.ndarray, kind: str
 ) -> Iterator[tuple[np.ndarray, sparse.csr_matrix, np.ndarray]]:
     """Read cells; yield those of each group: places in ``rows``, values (m, g), and which genes are known (g,)."""
     x_mq = query.store.read(rows)
     for group, chosen in of_groups(query, rows):
-        x_mg, _ = query.matched[group].values(x_mq if len(chosen) == len(rows) else x_mq[chosen], kind)
-        yield chosen, x_mg, query.matched[group].match.place_g >= 0
+        x_mg, _ = groups[group].values(x_mq if len(chosen) == len(rows) else x_mq[chosen], kind)
+        yield chosen, x_mg, groups[group].match.place_g >= 0

@@ -109,7 +109,7 @@ def look_again(query: Query, strange: Mapping[int, Among], alike_n: np.ndarray) 
     rows = np.flatnonzero(np.isnan(alike_n) & np.isin(codes, list(strange)) & np.asarray(query.load(MEASURED)))
     if not len(rows):
         return
-    kind = query.directory.record("project").details["values"]
+    kind, groups = query.directory.record("project").details["values"], query.matched
     size = block_size(query.store, int(PASS_SHARE * query.budget), query.threads, LOOK_CELLS)
     if query.store.row_access == "fast":
         size = min(size, -(-len(rows) // query.threads))
@@ -117,7 +117,7 @@ def look_again(query: Query, strange: Mapping[int, Among], alike_n: np.ndarray) 
 
         def task(span: tuple[int, int]) -> int:
             block = rows[slice(*span)]
-            for chosen, x_mg, known_g in read_values(query, block, kind):
+            for chosen, x_mg, known_g in read_values(query, groups, block, kind):
                 own, known_h = frozen.scaling(x_mg), known_g[frozen.scaling.genes]
                 for code in np.unique(codes[block[chosen]]).tolist():
                     mine = np.flatnonzero(codes[block[chosen]] == code)

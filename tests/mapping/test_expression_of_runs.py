@@ -86,7 +86,7 @@ def test_cells_that_are_in_no_pool_are_read_again_where_a_pool_is_strange(
     readers, finders = pools.read_values, encode.find_pools
 
     def remember(*parts: Any) -> Any:
-        read.append(parts[1])
+        read.append(parts[2])
         return readers(*parts)
 
     def find(*parts: Any) -> Any:
