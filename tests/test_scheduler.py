@@ -164,6 +164,7 @@ def test_a_folder_that_workers_do_not_see(cluster: Any, tmp_path: Path) -> None:
 
 
 def test_workers_of_another_version(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster.wait_for_workers(2, timeout=60)  # one that an earlier test has killed may not be back yet
     monkeypatch.setattr(scheduling, "__version__", "99.0")
     with pytest.raises(ConfigError, match=r"2 of 2 workers have another version .* here: 99.0.* Install"):
         run_tasks(_die, [0], 1, cluster.scheduler_address)
